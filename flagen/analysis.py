@@ -1,0 +1,101 @@
+"""Spec -> Analysis: the facts that follow from a spec. Everything after this step reads the Analysis, not the Spec."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .expr import NORM, Call, Expr, Index, Input, Scalar
+from .functions import fold
+from .intervals import interval
+from .spec import Spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysis:
+    """Facts of a spec. Expressions here have their constants replaced by Inputs c0, c1, ... with the axis h.
+
+    constants: what each cN stands for: a largest subexpression without tensor inputs that uses head, heads or a Scalar.
+        Its values, one per head, are computed on the host in fp64 (functions.evaluate_host).
+    roles: the roles that are present, in the order query, key, value, log_decay, phase, bonus.
+    gradients: for each role and each tensor input in it, the derivative of the role's expression by that input.
+    decay: "none", "scalar", "key" (per key channel) or "value" (per value channel); decay_varies: it has a time axis.
+    decay_low: a provable lower bound of log_decay per step (natural log), or None.
+    exclusive: there is a bonus, the output reads the state before the update.
+    normalizer, normalizer_gradient: f(n) and its derivative, over spec.NORM.
+    """
+
+    spec: Spec
+    inputs: tuple[Input, ...]
+    scalars: tuple[Scalar, ...]
+    constants: tuple[tuple[Input, Expr], ...]
+    roles: tuple[tuple[str, Expr], ...]
+    gradients: tuple[tuple[str, Input, Expr], ...]
+    decay: str
+    decay_varies: bool
+    decay_low: float | None
+    is_complex: bool
+    exclusive: bool
+    taylor: int
+    normalizer: Expr | None
+    normalizer_gradient: Expr | None
+
+    def role(self, name: str) -> Expr | None:
+        """The expression of a role, with constants replaced; None where the spec has no such role."""
+        return dict(self.roles).get(name)
+
+    def __str__(self) -> str:
+        lines = [str(self.spec), "", f"decay: {self.decay}{', varies in time' if self.decay_varies else ''}"]
+        if self.decay_low is not None:
+            lines[-1] += f", log_decay >= {self.decay_low:.6g}"
+        lines += [f"constant {name.name}[head] = {expr}" for name, expr in self.constants]
+        lines += [f"{role} = {expr}" for role, expr in self.roles]
+        lines += [f"d {role} / d {one.name} = {expr}" for role, one, expr in self.gradients]
+        if self.normalizer is not None:
+            lines += [f"normalizer = {self.normalizer}", f"d normalizer / d n = {self.normalizer_gradient}"]
+        return "\n".join(lines)
+
+
+def analyse(spec: Spec) -> Analysis:
+    """The facts that follow from a spec. Imports SymPy, for the derivatives."""
+    from .derive import diff
+
+    constants: dict[Expr, Input] = {}
+    roles = tuple((role, _hoist(fold(expr), constants)) for role, expr in spec.roles)
+    gradients = tuple((role, one, diff(expr, one)) for role, expr in roles for one in spec.inputs if one in expr.inputs)
+    decay_axes = spec.log_decay.axes if spec.log_decay is not None else ""
+    low = interval(spec.log_decay).low if spec.log_decay is not None else -math.inf
+    normalizer = None if spec.normalizer is None else fold(spec.normalizer)
+    return Analysis(
+        spec=spec,
+        inputs=spec.inputs,
+        scalars=spec.scalars,
+        constants=tuple((name, expr) for expr, name in constants.items()),
+        roles=roles,
+        gradients=gradients,
+        decay="none"
+        if spec.log_decay is None
+        else "key"
+        if "k" in decay_axes
+        else "value"
+        if "v" in decay_axes
+        else "scalar",
+        decay_varies="t" in decay_axes,
+        decay_low=low if math.isfinite(low) else None,
+        is_complex=spec.phase is not None,
+        exclusive=spec.bonus is not None,
+        taylor=spec.taylor,
+        normalizer=normalizer,
+        normalizer_gradient=None if normalizer is None else diff(normalizer, NORM),
+    )
+
+
+def _hoist(expr: Expr, constants: dict[Expr, Input]) -> Expr:
+    """`expr` with each largest subexpression of head, heads and scalars replaced by a constant; numbers stay."""
+    if expr.is_constant:
+        if any(isinstance(node, (Index, Scalar)) for node in expr.walk()):
+            return constants.setdefault(expr, Input(f"c{len(constants)}", "h"))
+        return expr
+    if isinstance(expr, Call):
+        return Call(expr.function, tuple(_hoist(arg, constants) for arg in expr.args))
+    return expr

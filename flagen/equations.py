@@ -1,0 +1,218 @@
+"""A spec's recurrence for people: plain text and LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .expr import ATOM, LEVELS, OPERAND_LEVELS, Call, Expr, Index, Input, Number, Scalar, substitute, to_text
+
+if TYPE_CHECKING:
+    from .spec import Spec
+
+_SIZES = {"b": "B", "t": "T", "h": "H", "k": "K", "v": "V"}
+_GREEK = {
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
+    "pi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega",
+}  # fmt: skip
+
+
+def describe(spec: Spec) -> str:
+    """What print(spec) shows: the equations, then the arguments."""
+    lines = [spec.name, *(f"    {line}" for line in plain(spec))]
+    inputs = (f"{one.name} [{', '.join(_SIZES[axis] for axis in one.axes)}]{_bounds(one)}" for one in spec.inputs)
+    lines.append(f"  inputs: {', '.join(inputs)}")
+    if spec.scalars:
+        lines.append(f"  scalars: {', '.join(scalar.name for scalar in spec.scalars)}")
+    lines.append(f"  scale: {'K ** -0.5' if spec.scale is None else f'{spec.scale:g}'} by default")
+    return "\n".join(lines)
+
+
+def _bounds(one: Input) -> str:
+    low = "" if one.low is None else f" >= {one.low:g}"
+    return low + ("" if one.high is None else f" <= {one.high:g}")
+
+
+def plain(spec: Spec) -> list[str]:
+    """The recurrence, a line per equation. Inputs with a time axis carry _t."""
+    write = _Plain()
+    query, key, value = write.vector(spec.query), write.vector(spec.key), write.vector(spec.value)
+    if spec.taylor:
+        key = f"f({write.text(spec.key)})"
+    update = f"{key} {value}^T"
+    decay = _plain_decay(spec, write)
+    before = {"value": "S_{t-1} " + decay, "": "S_{t-1}"}.get(_decay_kind(spec), f"{decay} S_{{t-1}}")
+    lines = [f"S_t = {before} + {update}"]
+    read = "S_t"
+    if spec.bonus is not None:
+        read = f"(S_{{t-1}} + {_weighted(spec.bonus, write, write.text(spec.bonus))} {update})"
+    output = f"f(scale * {query})^T {read}" if spec.taylor else f"scale * {query}^T {read}"
+    if spec.phase is not None:
+        output = f"Re({output})"
+    if spec.normalizer is not None:
+        divisor = to_text(spec.normalizer)
+        output += f" / {divisor if _is_call(spec.normalizer) else f'({divisor})'}"
+    lines.append(f"o_t = {output}")
+    if spec.normalizer is not None:
+        lines.append("n = the numerator with value 1")
+    if spec.taylor:
+        lines.append(f"f(x)^T f(y) = {'1 + x^T y' if spec.taylor == 1 else '1 + x^T y + (x^T y)^2 / 2'}")
+    return lines
+
+
+def _is_call(expr: Expr) -> bool:
+    return not (isinstance(expr, Call) and expr.function in LEVELS)
+
+
+def _decay_kind(spec: Spec) -> str:
+    if spec.phase is not None and (spec.log_decay is None or "k" in spec.phase.axes):
+        return "key" if "k" in spec.phase.axes else "scalar"
+    if spec.log_decay is None:
+        return ""
+    return "key" if "k" in spec.log_decay.axes else "value" if "v" in spec.log_decay.axes else "scalar"
+
+
+def _plain_decay(spec: Spec, write: _Plain) -> str:
+    if spec.log_decay is None and spec.phase is None:
+        return ""
+    if spec.phase is None and isinstance(spec.log_decay, Call) and spec.log_decay.function == "log":
+        decay = f"({write.text(spec.log_decay.args[0])})"
+    else:
+        parts = [] if spec.log_decay is None else [write.text(spec.log_decay)]
+        if spec.phase is not None:
+            parts.append(f"i {write.atom(spec.phase)}")
+        decay = f"exp({' + '.join(parts)})"
+    return decay if _decay_kind(spec) == "scalar" else f"diag{decay}" if decay[0] == "(" else f"diag({decay})"
+
+
+def _weighted(expr: Expr, write: _Plain, text: str) -> str:
+    return f"diag({text})" if "k" in expr.axes else write.atom(expr)
+
+
+class _Plain:
+    """Expression text with _t on what varies in time."""
+
+    def text(self, expr: Expr) -> str:
+        return to_text(substitute(expr, {one: _timed(one) for one in expr.inputs}))
+
+    def atom(self, expr: Expr) -> str:
+        return self.text(expr) if not isinstance(expr, (Call, Number)) else f"({self.text(expr)})"
+
+    def vector(self, expr: Expr) -> str:
+        return self.text(expr) if not (isinstance(expr, Call) and expr.function in LEVELS) else f"({self.text(expr)})"
+
+
+def _timed(one: Input) -> Expr:
+    return Input(f"{one.name[:38]}_t", one.axes) if "t" in one.axes else one
+
+
+def latex(spec: Spec) -> str:
+    """The recurrence in LaTeX: the lines of an aligned environment, with & before each relation."""
+    key, value = _vector_latex(spec.key), _vector_latex(spec.value)
+    if spec.taylor:
+        key = rf"f({_latex(spec.key)[0]})"
+    update = rf"{key}\, {value}^{{\top}}"
+    decay = _latex_decay(spec)
+    kind = _decay_kind(spec)
+    before = {"value": rf"S_{{t-1}}\, {decay}", "": "S_{t-1}"}.get(kind, rf"{decay}\, S_{{t-1}}")
+    read = "S_t"
+    if spec.bonus is not None:
+        bonus = _latex(spec.bonus)[0]
+        weight = rf"\operatorname{{diag}}({bonus})" if "k" in spec.bonus.axes else rf"({bonus})"
+        read = rf"\left(S_{{t-1}} + {weight}\, {update}\right)"
+    query = _vector_latex(spec.query)
+    numerator = rf"f(s\, {query})^{{\top}} {read}" if spec.taylor else rf"s\, {query}^{{\top}} {read}"
+    if spec.phase is not None:
+        numerator = rf"\operatorname{{Re}}\left({numerator}\right)"
+    if spec.normalizer is not None:
+        numerator = rf"\frac{{{numerator}}}{{{_latex(spec.normalizer)[0]}}}"
+    lines = [f"S_t &= {before} + {update}", f"o_t &= {numerator}"]
+    if spec.normalizer is not None:
+        lines.append(r"n &= \text{the numerator with value } 1")
+    if spec.taylor:
+        square = r" + \tfrac{1}{2} (x^{\top} y)^2" if spec.taylor == 2 else ""
+        lines.append(rf"f(x)^{{\top}} f(y) &= 1 + x^{{\top}} y{square}")
+    return " \\\\\n".join(lines)
+
+
+def _latex_decay(spec: Spec) -> str:
+    if spec.log_decay is None and spec.phase is None:
+        return ""
+    if spec.phase is None and isinstance(spec.log_decay, Call) and spec.log_decay.function == "log":
+        decay = rf"\left({_latex(spec.log_decay.args[0])[0]}\right)"
+    else:
+        parts = [] if spec.log_decay is None else [_latex(spec.log_decay)[0]]
+        if spec.phase is not None:
+            parts.append(rf"i\, {_at_level(_latex(spec.phase), LEVELS['neg'])}")
+        decay = rf"\exp\left({' + '.join(parts)}\right)"
+    if _decay_kind(spec) == "scalar":
+        return decay
+    return (
+        rf"\operatorname{{diag}}{decay}"
+        if decay.startswith(r"\left(")
+        else rf"\operatorname{{diag}}\left({decay}\right)"
+    )
+
+
+def _vector_latex(expr: Expr) -> str:
+    return _at_level(_latex(expr), ATOM)
+
+
+def _at_level(operand: tuple[str, int], level: int) -> str:
+    text, own = operand
+    return text if own >= level else rf"\left({text}\right)"
+
+
+_LATEX_FUNCTIONS: dict[str, Callable[..., str]] = {
+    "exp": lambda x: rf"\exp\left({x}\right)",
+    "log": lambda x: rf"\log\left({x}\right)",
+    "sqrt": lambda x: rf"\sqrt{{{x}}}",
+    "abs": lambda x: rf"\left|{x}\right|",
+    "sigmoid": lambda x: rf"\sigma\left({x}\right)",
+    "tanh": lambda x: rf"\tanh\left({x}\right)",
+    "minimum": lambda x, y: rf"\min\left({x}, {y}\right)",
+    "maximum": lambda x, y: rf"\max\left({x}, {y}\right)",
+}
+
+
+def _latex(expr: Expr) -> tuple[str, int]:
+    """LaTeX of an expression, and how tightly it binds."""
+    if isinstance(expr, Number):
+        return _latex_number(expr.value), LEVELS["neg"] if expr.value < 0 else ATOM
+    if not isinstance(expr, Call):
+        return _latex_name(expr), ATOM
+    args = [_latex(arg) for arg in expr.args]
+    bare = [text for text, _ in args]
+    if expr.function == "div":
+        return rf"\frac{{{bare[0]}}}{{{bare[1]}}}", LEVELS["pow"]  # needs no parentheses but as a base
+    if expr.function == "pow":
+        return rf"{_at_level(args[0], ATOM)}^{{{bare[1]}}}", LEVELS["pow"]
+    if expr.function not in LEVELS:
+        default = rf"\operatorname{{{expr.function}}}\left({', '.join(bare)}\right)"
+        return (_LATEX_FUNCTIONS[expr.function](*bare) if expr.function in _LATEX_FUNCTIONS else default), ATOM
+    operands = [_at_level(arg, need) for arg, need in zip(args, OPERAND_LEVELS[expr.function], strict=True)]
+    if expr.function == "neg":
+        return f"-{operands[0]}", LEVELS["neg"]
+    if expr.function == "mul":
+        # two numbers side by side would read as one
+        sign = r"\cdot" if operands[1][0] in "-0123456789" else r"\,"
+        return f"{operands[0]} {sign} {operands[1]}", LEVELS["mul"]
+    return f"{operands[0]} {'+' if expr.function == 'add' else '-'} {operands[1]}", LEVELS[expr.function]
+
+
+def _latex_number(value: int | float) -> str:
+    mantissa, _, exponent = repr(value).partition("e")
+    return rf"{mantissa} \cdot 10^{{{int(exponent)}}}" if exponent else mantissa
+
+
+def _latex_name(leaf: Input | Index | Scalar) -> str:
+    base, _, rest = leaf.name.partition("_")
+    if base in _GREEK:
+        base = f"\\{base}"
+    elif len(base) > 1:
+        base = rf"\mathrm{{{base}}}"
+    subscripts = [rf"\mathrm{{{re.sub('_', ',', rest)}}}"] if rest else []
+    if isinstance(leaf, Input) and "t" in leaf.axes and leaf.name != "n":
+        subscripts.append("t")
+    return f"{base}_{{{', '.join(subscripts)}}}" if subscripts else base

@@ -1,0 +1,180 @@
+"""What a user writes: the recurrence of a model, as expressions of declared inputs.
+
+    S_t = exp(log_decay_t + i phase_t) * S_{t-1} + key_t value_t^T
+    o_t = Re(query_t^T S_t)
+
+A spec is a frozen value: equal specs compare equal, hash equal and print the same. Every mistake is caught here, when
+the spec is declared; validate.py holds the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import equations, exchange, validate
+from .errors import SpecError
+from .expr import FEATURE, NORM, Expr, Input, Operand, Scalar, Taylor, k, q, substitute, taylor, to_text, v
+from .validate import EPS, SpecWarning
+
+__all__ = ["EPS", "FEATURE", "NORM", "ROLES", "Spec", "SpecWarning", "Taylor", "default_inputs", "taylor"]
+
+ROLES = ("query", "key", "value", "log_decay", "phase", "bonus")
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Spec:
+    """The recurrence of a model.
+
+    name: [a-z][a-z0-9_]*, at most 41 characters, the prefix of every generated name.
+    query, key, value: expressions over `b t h k`, `b t h k` and `b t h v`; by default the inputs q, k and v.
+    log_decay: natural log of the decay per step; over any of `b t h` and at most one of `k`, `v`. None: no decay.
+    phase: angle of the decay per step in radians, over any of `b t h k`.
+    bonus: the output reads S_{t-1} + diag(bonus) key value^T instead of S_t; over any of `b t h k`.
+    feature_map: taylor(n), or a function of one expression applied to the finished query and key.
+    normalize: divide the output by n + eps, where n is the output with value 1; or a function f(n), to divide by f(n).
+    scale: the op's default scale, which multiplies query; None is K ** -0.5.
+    inputs: the order of the tensor arguments, as names or Inputs. By default the order in which query, key, value,
+        log_decay, phase and bonus use them; within one expression q, k, v first and the others by name.
+
+    After construction an elementwise feature map is composed into `query` and `key`; `feature_map` keeps it as a Taylor
+    or as an expression over FEATURE, `normalize` is a bool or an expression over NORM, `inputs` is the tuple of Inputs.
+    Raises SpecError on a spec that has no meaning, and warns (SpecWarning) of a normaliser that may be zero.
+    """
+
+    name: str
+    query: Expr
+    key: Expr
+    value: Expr
+    log_decay: Expr | None
+    phase: Expr | None
+    bonus: Expr | None
+    feature_map: Taylor | Expr | None
+    normalize: bool | Expr
+    eps: float
+    scale: float | None
+    inputs: tuple[Input, ...]
+    bare_query: Expr = field(compare=False)  # before the feature map, for replace and the JSON form
+    bare_key: Expr = field(compare=False)
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        query: Operand = q,
+        key: Operand = k,
+        value: Operand = v,
+        log_decay: Operand | None = None,
+        phase: Operand | None = None,
+        bonus: Operand | None = None,
+        feature_map: Taylor | Callable[[Expr], Expr] | Expr | None = None,
+        normalize: bool | Callable[[Expr], Expr] | Expr = False,
+        eps: float = EPS,
+        scale: float | None = None,
+        inputs: Sequence[str | Input] | None = None,
+    ) -> None:
+        validate.check_spec_name(name)
+        given = {"query": query, "key": key, "value": value, "log_decay": log_decay, "phase": phase, "bonus": bonus}
+        roles = {role: validate.role_expr(name, role, value) for role, value in given.items()}
+        feature = validate.feature_map(name, feature_map)
+        self._set("name", name)
+        self._set("bare_query", roles["query"])
+        self._set("bare_key", roles["key"])
+        for role, expr in roles.items():
+            composed = isinstance(feature, Expr) and role in ("query", "key")
+            self._set(role, substitute(feature, {FEATURE: expr}) if composed else expr)
+        self._set("feature_map", feature)
+        self._set("normalize", validate.normalizer(name, normalize))
+        self._set("eps", validate.eps(name, eps, normalize))
+        self._set("scale", validate.scale(name, scale))
+        self._set("inputs", ())
+        validate.check_roles(self)
+        self._set("inputs", validate.ordered_inputs(name, default_inputs(self), inputs))
+        validate.warn_about_normalizer(self)
+
+    def _set(self, attribute: str, value: Any) -> None:
+        object.__setattr__(self, attribute, value)
+
+    @property
+    def taylor(self) -> int:
+        """The order of the Taylor feature map, or 0."""
+        return self.feature_map.order if isinstance(self.feature_map, Taylor) else 0
+
+    @property
+    def normalizer(self) -> Expr | None:
+        """What the output is divided by, as an expression over NORM; None without normalize."""
+        if isinstance(self.normalize, Expr):
+            return self.normalize
+        return NORM + self.eps if self.normalize else None
+
+    @property
+    def scalars(self) -> tuple[Scalar, ...]:
+        """The host-side numbers, keyword arguments of the op, in the order in which the roles use them."""
+        return tuple(dict.fromkeys(scalar for _, expr in self.roles for scalar in expr.scalars))
+
+    @property
+    def roles(self) -> tuple[tuple[str, Expr], ...]:
+        """The roles that are present, each with its expression: ("query", ...), ("key", ...), ..."""
+        return tuple((role, getattr(self, role)) for role in ROLES if getattr(self, role) is not None)
+
+    def replace(self, name: str, **changes: Any) -> Spec:
+        """A new spec with another name and some arguments of Spec changed; a feature map applies to a new query."""
+        arguments = {role: getattr(self, role) for role in ROLES}
+        arguments |= {"query": self.bare_query, "key": self.bare_key, "feature_map": self.feature_map}
+        arguments |= {"normalize": self.normalize, "eps": self.eps, "scale": self.scale}
+        if self.inputs != default_inputs(self):
+            arguments["inputs"] = self.inputs
+        unknown = sorted(set(changes) - set(arguments) - {"inputs"})
+        if unknown:
+            allowed = ", ".join([*arguments, *({"inputs"} - set(arguments))])
+            raise SpecError(f"{self.name}.replace: unknown argument {unknown[0]!r}; it takes {allowed}")
+        if "eps" not in changes and changes.get("normalize", True) is not True:
+            arguments["eps"] = EPS
+        return Spec(name, **(arguments | changes))
+
+    def to_json(self) -> str:
+        """The spec as JSON, with expressions as text. Spec.from_json gives an equal spec back."""
+        return exchange.to_json(self)
+
+    @staticmethod
+    def from_json(text: str) -> Spec:
+        """The spec in a JSON text, of which nothing is executed. Raises SpecError on anything out of form."""
+        return Spec(**exchange.spec_arguments(text))
+
+    @property
+    def equations(self) -> list[str]:
+        """The recurrence in plain text, a line per equation."""
+        return equations.plain(self)
+
+    @property
+    def recurrence(self) -> str:
+        """The recurrence in plain text on one line."""
+        return ",  ".join(self.equations)
+
+    def latex(self) -> str:
+        """The recurrence in LaTeX, for an aligned environment's inside."""
+        return equations.latex(self)
+
+    def __str__(self) -> str:
+        return equations.describe(self)
+
+    def __repr__(self) -> str:
+        defaults = {"query": q, "key": k, "value": v, "normalize": False, "eps": EPS}
+        arguments = {role: getattr(self, role) for role in ROLES}
+        arguments |= {"query": self.bare_query, "key": self.bare_key, "feature_map": self.feature_map}
+        arguments |= {"normalize": self.normalize, "eps": self.eps, "scale": self.scale}
+        shown = [repr(self.name)]
+        for key, value in arguments.items():
+            if value != defaults.get(key):
+                shown.append(f"{key}={to_text(value) if isinstance(value, Expr) else value}")
+        return f"Spec({', '.join(shown)})"
+
+
+def default_inputs(spec: Spec) -> tuple[Input, ...]:
+    """The tensor arguments in the order in which the roles use them; in one expression q, k, v first, then by name."""
+    first = {"q": 0, "k": 1, "v": 2}
+    found: dict[Input, None] = {}
+    for _, expr in spec.roles:
+        found |= dict.fromkeys(sorted(expr.inputs, key=lambda one: (first.get(one.name, 3), one.name)))
+    return tuple(found)
