@@ -1,0 +1,53 @@
+# Everything here does its own set-up: a virtual environment in .venv, with what constraints.txt pins.
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+# named after what it was made from, so that a change of either file makes a new one
+STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+INTERPRETED := $(wildcard tests/kernels/test_interp_*.py)
+
+.PHONY: help demo test check format regen clean
+
+help:
+	@echo "make demo    compile the shipped specs and the README's, run them, show the errors against the reference"
+	@echo "make test    the test suite, without a GPU in under 20 minutes on two cores"
+	@echo "make check   lint, format and the checked-in generated/ files"
+	@echo "make format  format the sources"
+	@echo "make regen   write generated/ anew"
+	@echo "make clean   remove .venv and what builds and tests leave"
+
+demo: $(STAMP)
+	@$(BIN)/python -m flagen demo
+
+# Two processes: Triton decides at its import whether it interprets kernels or compiles them. The compiled one comes last,
+# so that its summary closes the output; the status is that of the first failure.
+test: $(STAMP)
+	@status=0; \
+	if [ -n "$(INTERPRETED)" ]; then TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED) || status=$$?; fi; \
+	$(PYTEST) || { code=$$?; [ $$status -ne 0 ] || status=$$code; }; \
+	exit $$status
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m flagen regen --check
+
+format: $(STAMP)
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+
+regen: $(STAMP)
+	$(BIN)/python -m flagen regen
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "flagen needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@rm -f $(VENV)/.ready-*
+	@touch $@
