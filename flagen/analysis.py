@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from .expr import NORM, Call, Expr, Index, Input, Scalar
+from .expr import NORM, Call, Expr, Index, Input, Scalar, to_text
 from .functions import fold
 from .intervals import interval
+from .parse import parse_derivative
 from .spec import Spec
 
 
@@ -60,9 +63,45 @@ def analyse(spec: Spec) -> Analysis:
     """The facts that follow from a spec. Imports SymPy, for the derivatives."""
     from .derive import diff
 
+    return _analysis(spec, lambda role, expr, one: diff(expr, one))
+
+
+def derivative_texts(analysis: Analysis) -> dict[str, Any]:
+    """The derivatives as text, for restored: a value of JSON."""
+    normalizer = analysis.normalizer_gradient
+    return {
+        "gradients": [[role, one.name, to_text(expr)] for role, one, expr in analysis.gradients],
+        "normalizer_gradient": None if normalizer is None else to_text(normalizer),
+    }
+
+
+def restored(spec: Spec, texts: Any) -> Analysis | None:
+    """What analyse gives, with the derivatives read from derivative_texts instead of made by SymPy; None if the texts
+    are not those of this spec.
+    """
+    try:
+        given = {(role, name): text for role, name, text in texts["gradients"]}
+        given["normalizer", NORM.name] = texts["normalizer_gradient"]
+        analysis = _analysis(
+            spec,
+            lambda role, expr, one: parse_derivative(given[role, one.name], _leaves(expr), f"d {role} / d {one.name}"),
+        )
+        return analysis if derivative_texts(analysis) == texts else None
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def _leaves(expr: Expr) -> dict[str, Expr]:
+    return {one.name: one for one in expr.inputs}
+
+
+def _analysis(spec: Spec, derivative: Callable[[str, Expr, Input], Expr]) -> Analysis:
+    """`derivative`: that of a role's expression (or of "normalizer") by an input."""
     constants: dict[Expr, Input] = {}
     roles = tuple((role, _hoist(fold(expr), constants)) for role, expr in spec.roles)
-    gradients = tuple((role, one, diff(expr, one)) for role, expr in roles for one in spec.inputs if one in expr.inputs)
+    gradients = tuple(
+        (role, one, derivative(role, expr, one)) for role, expr in roles for one in spec.inputs if one in expr.inputs
+    )
     decay_axes = spec.log_decay.axes if spec.log_decay is not None else ""
     low = interval(spec.log_decay).low if spec.log_decay is not None else -math.inf
     normalizer = None if spec.normalizer is None else fold(spec.normalizer)
@@ -86,7 +125,7 @@ def analyse(spec: Spec) -> Analysis:
         exclusive=spec.bonus is not None,
         taylor=spec.taylor,
         normalizer=normalizer,
-        normalizer_gradient=None if normalizer is None else diff(normalizer, NORM),
+        normalizer_gradient=None if normalizer is None else derivative("normalizer", normalizer, NORM),
     )
 
 

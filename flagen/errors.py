@@ -15,3 +15,7 @@ class PlanError(FlagenError, ValueError):
 
 class CacheError(FlagenError, RuntimeError):
     """The cache was told to be strict (readonly, verify) and could not comply."""
+
+
+class ConfigError(FlagenError, ValueError):
+    """An environment variable FLAGEN_* with a value that is not allowed."""

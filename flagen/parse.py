@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from .errors import SpecError
-from .expr import FUNCTION_ARITY, MAX_DEPTH, MAX_NODES, MAX_TEXT, Call, Expr, as_expr
+from .expr import DERIVATIVE_FUNCTIONS, FUNCTION_ARITY, MAX_DEPTH, MAX_NODES, MAX_TEXT, Call, Expr, as_expr
 
 _BINARY = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div", ast.Pow: "pow"}
 _HINTS = {
@@ -39,7 +39,18 @@ def parse(text: str, names: Mapping[str, Expr], where: str = "expression") -> Ex
     return _Parser(text, names, where).parse()
 
 
+def parse_derivative(text: str, names: Mapping[str, Expr], where: str = "derivative") -> Expr:
+    """As parse, for text that flagen itself wrote: derivatives know more functions and may be larger."""
+    parser = _Parser(text, names, where)
+    parser.functions = FUNCTION_ARITY | dict.fromkeys(DERIVATIVE_FUNCTIONS, 1)
+    # beyond 200 Python's own parser gives up
+    parser.max_text, parser.max_nodes, parser.max_depth = 16 * MAX_TEXT, 16 * MAX_NODES, 200
+    return parser.parse()
+
+
 class _Parser:
+    functions, max_text, max_nodes, max_depth = FUNCTION_ARITY, MAX_TEXT, MAX_NODES, MAX_DEPTH
+
     def __init__(self, text: str, names: Mapping[str, Expr], where: str) -> None:
         if not isinstance(text, str):
             raise SpecError(f"{where}: an expression must be text, got {type(text).__name__}: {str(text)[:60]}")
@@ -65,8 +76,8 @@ class _Parser:
         return self._walk(tree.body, 1)
 
     def _check_characters(self) -> None:
-        if len(self.text) > MAX_TEXT:
-            raise self.fault(0, f"is {len(self.text)} characters long, the limit is {MAX_TEXT}; simplify it")
+        if len(self.text) > self.max_text:
+            raise self.fault(0, f"is {len(self.text)} characters long, the limit is {self.max_text}; simplify it")
         if not self.text.strip():
             raise self.fault(0, "is empty; write an expression such as -exp(g)")
         if self.text[0] == " ":
@@ -76,14 +87,16 @@ class _Parser:
             if not " " <= character <= "~" or character in "#;\\\"'`":
                 raise self.fault(column, f"the character {character!r} is not part of the language")
             depth += (character in "([{") - (character in ")]}")
-            if depth > MAX_DEPTH:
-                raise self.fault(column, f"is nested more than {MAX_DEPTH} deep; simplify it")
+            if depth > self.max_depth:
+                raise self.fault(column, f"is nested more than {self.max_depth} deep; simplify it")
 
     def _walk(self, node: ast.expr, depth: int) -> Expr:
         self.nodes += 1
         column = node.col_offset
-        if depth > MAX_DEPTH or self.nodes > MAX_NODES:
-            limit = f"is nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else f"has more than {MAX_NODES} parts"
+        if depth > self.max_depth or self.nodes > self.max_nodes:
+            limit = f"has more than {self.max_nodes} parts"
+            if depth > self.max_depth:
+                limit = f"is nested more than {self.max_depth} deep"
             raise self.fault(column, f"{limit}; simplify it, or compute part of it before the call")
         if isinstance(node, ast.Constant):
             return self._number(node)
@@ -123,7 +136,7 @@ class _Parser:
     def _name(self, node: ast.Name) -> Expr:
         if node.id in self.names:
             return self.names[node.id]
-        if node.id in FUNCTION_ARITY:
+        if node.id in self.functions:
             raise self.fault(node.col_offset, f"{node.id} is a function; write {node.id}(...)")
         known = ", ".join(sorted(self.names))
         raise self.fault(
@@ -135,15 +148,15 @@ class _Parser:
         if not isinstance(node.func, ast.Name):
             raise self.fault(column, "only a function of the language can be called, by its name")
         name = node.func.id
-        if name not in FUNCTION_ARITY:
-            known = ", ".join(FUNCTION_ARITY)
-            hint = f"did you mean {_SYNONYMS[name]!r}? " if name in _SYNONYMS else _did_you_mean(name, FUNCTION_ARITY)
+        if name not in self.functions:
+            known = ", ".join(self.functions)
+            hint = f"did you mean {_SYNONYMS[name]!r}? " if name in _SYNONYMS else _did_you_mean(name, self.functions)
             what = f"{name} is not a function" if name in self.names else f"unknown function {name!r}"
             raise self.fault(column, f"{what}; {hint}known: {known}")
         if node.keywords or any(isinstance(arg, ast.Starred) for arg in node.args):
             raise self.fault(column, f"{name} takes plain arguments only, without * or names")
-        if len(node.args) != FUNCTION_ARITY[name]:
-            raise self.fault(column, f"{name} takes {FUNCTION_ARITY[name]} argument(s), got {len(node.args)}")
+        if len(node.args) != self.functions[name]:
+            raise self.fault(column, f"{name} takes {self.functions[name]} argument(s), got {len(node.args)}")
         return Call(name, tuple(self._walk(arg, depth + 1) for arg in node.args))
 
 

@@ -1,0 +1,169 @@
+"""Spec -> Op: every stage in order, by way of the cache. What a spec was compiled to before is found, not made again.
+
+A spec that was seen before needs neither SymPy nor Jinja: its text is in the cache, with the derivatives beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from . import cache, config, logs, specs
+from .analysis import analyse, derivative_texts, restored
+from .cache_key import Key, digest, make_key
+from .errors import PlanError, SpecError
+from .plan import Plan, make_plan
+from .spec import Spec
+
+if TYPE_CHECKING:
+    from .op import Op
+
+BACKENDS = ("auto", "triton", "torch")
+CHUNK_SIZES = (16, 32, 64, 128)
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+_ops: dict[tuple[Any, ...], Op] = {}
+_lock = threading.RLock()  # held while an op is made, so that its operators are registered once
+_render_logger = logging.getLogger("flagen.render")
+_code_logger = logging.getLogger("flagen.code")
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # a thread that held it does not exist in the child
+
+
+def compile(
+    spec: Spec | str, *, chunk_size: int | None = None, backend: str = "auto", input_precision: str | None = None
+) -> Op:
+    """The function of a recurrence: forward, backward and decode.
+
+    spec: a Spec, or the name of a shipped one such as "gla".
+    chunk_size: tokens a chunk, one of 16, 32, 64, 128; None lets each backend choose. It changes speed and rounding
+        only.
+    backend: "auto" runs the Triton kernels on CUDA tensors (and on CPU tensors if TRITON_INTERPRET=1 was set before
+        Triton was imported) and chunkwise PyTorch elsewhere, call by call; "triton" and "torch" always run that.
+    input_precision: of products of fp32 inputs in the Triton kernels: "ieee" and "tf32x3" are fp32-accurate, "tf32" is
+        faster and has 10 bits; None chooses an fp32-accurate one.
+
+    Returns an Op, the same one for an equal spec and equal options. Raises SpecError on an unknown name, PlanError on
+    options that are not allowed, CacheError and ConfigError as FLAGEN_CACHE says.
+    """
+    logs.setup()
+    spec = _spec(spec)
+    _check_options(spec.name, chunk_size, backend, input_precision)
+    wanted = (spec, chunk_size, backend, input_precision)
+    with _lock:
+        if wanted not in _ops:
+            _ops[wanted] = _make(spec, chunk_size, backend, input_precision)
+        return _ops[wanted]
+
+
+def emit(spec: Spec | str) -> str:
+    """The text of a module that needs only torch and triton: kernels, gradients, a function of the spec's name.
+
+    spec: a Spec, or the name of a shipped one.
+    """
+    from .render import render_standalone
+
+    return render_standalone(make_plan(analyse(_spec(spec))))
+
+
+def prepare(spec: Spec) -> tuple[Plan, cache.Entry]:
+    """The plan of a spec and the entry with its text, found in the cache or made and stored there."""
+    key = _key(spec)
+    entry = cache.find(key) if key else None
+    analysis = None if entry is None else restored(spec, entry.facts.get("derivatives"))
+    if entry is not None and analysis is not None and config.cache_mode() != "verify":
+        return make_plan(analysis), entry
+    return _make_text(spec, key)
+
+
+def _make_text(spec: Spec, key: Key | None) -> tuple[Plan, cache.Entry]:
+    from .render import render
+
+    began = time.perf_counter()
+    analysis = analyse(spec)
+    plan = make_plan(analysis)
+    _render_logger.debug("%s: analysed and planned in %.0f ms\n%s", spec.name, _since(began), plan)
+    began = time.perf_counter()
+    source = render(plan)
+    _render_logger.info("%s: rendered %d lines in %.0f ms", spec.name, source.count("\n"), _since(began))
+    facts = {"derivatives": derivative_texts(analysis)}
+    if key is None:
+        return plan, cache.Entry(spec.name, digest(source), source, facts)
+    entry = cache.store(key, source, facts)
+    _code_logger.info("%s: kernels written to %s", spec.name, entry.path or "memory only")
+    return plan, entry
+
+
+def _make(spec: Spec, chunk_size: int | None, backend: str, input_precision: str | None) -> Op:
+    from .op import Op
+
+    plan, entry = prepare(spec)
+
+    def torch_backend() -> Any:
+        from .torch_backend import TorchBackend
+
+        return TorchBackend(plan.analysis, chunk_size)
+
+    def triton_backend() -> Any:
+        from .load import load
+        from .triton_backend import TritonBackend
+
+        return TritonBackend(plan, load(entry), chunk_size, input_precision)
+
+    return Op(
+        spec=spec,
+        analysis=plan.analysis,
+        plan=plan,
+        backend=backend,
+        torch_backend=torch_backend,
+        triton_backend=triton_backend,
+        source=entry.source,
+        path=None if entry.path is None else str(entry.path),
+    )
+
+
+def _key(spec: Spec) -> Key | None:
+    """The key of a spec; None, with a warning, where flagen's own sources cannot be read."""
+    try:
+        return make_key(spec.name, spec.to_json())
+    except OSError as error:
+        cache.unusable(spec.name, error)
+        return None
+
+
+def _spec(spec: Spec | str) -> Spec:
+    if isinstance(spec, Spec):
+        return spec
+    if isinstance(spec, str):
+        if spec.lstrip().startswith("{"):
+            raise SpecError("compile takes no JSON text; give it flagen.Spec.from_json(text)")
+        return specs.get(spec)
+    raise SpecError(
+        f"compile takes a Spec or the name of a shipped one ({', '.join(specs.names())}), "
+        f"got {type(spec).__name__}: {str(spec)[:60]}"
+    )
+
+
+def _check_options(name: str, chunk_size: Any, backend: Any, input_precision: Any) -> None:
+    options = (
+        ("chunk_size", chunk_size, (None, *CHUNK_SIZES)),
+        ("backend", backend, BACKENDS),
+        ("input_precision", input_precision, (None, *PRECISIONS)),
+    )
+    for option, value, allowed in options:
+        if not any(value == one and type(value) is type(one) for one in allowed):
+            raise PlanError(f"{name}: {option}={value!r} is not allowed; use one of {', '.join(map(repr, allowed))}")
+
+
+def _since(began: float) -> float:
+    return 1000 * (time.perf_counter() - began)
