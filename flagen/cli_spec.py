@@ -1,0 +1,153 @@
+"""Commands about one spec: list, show, emit; and how the command line names a spec."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import specs
+from .errors import SpecError
+from .spec import Spec
+
+if TYPE_CHECKING:
+    from .analysis import Analysis
+
+DECAYS = {"none": "none", "scalar": "one per head", "key": "one per key channel", "value": "one per value channel"}
+
+
+def find_spec(text: str) -> Spec:
+    """The spec that SPEC stands for. Raises SpecError where there is none; OSError where a file cannot be read."""
+    if text in specs.names():
+        return specs.get(text)
+    if text.endswith(".json") or Path(text).is_file():
+        try:
+            return Spec.from_json(Path(text).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise SpecError(f"{text} is no JSON text in UTF-8") from None
+    if ":" in text:
+        return _attribute(text)
+    try:
+        return specs.get(text)
+    except SpecError as error:
+        raise SpecError(f"{error}; a spec may also be a JSON file or module:attribute") from None
+
+
+def _attribute(text: str) -> Spec:
+    name, _, attribute = text.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it, for the `flagen` script
+    try:
+        value = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise SpecError(f"{text!r}: there is no module {error.name!r}; modules are looked for in the working directory "
+                        "and where Python finds packages") from None  # fmt: skip
+    except ValueError:
+        raise SpecError(f"{text!r} is not module:attribute, such as my_models.attention:my_spec") from None
+    found = getattr(value, attribute, None)
+    if not isinstance(found, Spec):
+        there = sorted(key for key, one in vars(value).items() if isinstance(one, Spec))
+        what = "has no such attribute" if found is None else f"there it is of type {type(found).__name__}"
+        raise SpecError(f"{text!r}: {what}; the specs in {name} are: {', '.join(there) or 'none'}")
+    return found
+
+
+def list_specs(arguments: argparse.Namespace) -> int:
+    """The shipped specs, each with its recurrence on a line."""
+    names = specs.names()
+    width = max(map(len, names))
+    for name in names:
+        spec = specs.get(name)
+        print(f"{name:{width}}  {spec.equations[0]}")
+        for line in spec.equations[1:]:
+            print(f"{'':{width}}  {line}")
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """What is known of a spec before it is compiled."""
+    from .analysis import analyse
+    from .plan import make_plan
+
+    spec, shape = find_spec(arguments.spec), arguments.shape
+    plan = make_plan(analyse(spec))
+    print(spec.name)
+    for line in spec.equations:
+        print(f"    {line}")
+    print(f"\ninputs at B={shape['B']} T={shape['T']} H={shape['H']} K={shape['K']} V={shape['V']}")
+    roles = {one: [role for role, expr in spec.roles if one in expr.inputs] for one in spec.inputs}
+    for one in spec.inputs:
+        sizes = ", ".join(str(shape[axis.upper()]) for axis in one.axes)
+        print(f"    {one.name:8} {' '.join(one.axes):10} [{sizes}]{'':2}in {', '.join(roles[one])}")
+    for scalar in spec.scalars:
+        print(f"    {scalar.name:8} a number, by keyword")
+    _show_state(spec, shape)
+    print(f"\ndecay: {decay_text(plan.analysis)}")
+    print("\nkernels")
+    for kernel in plan.kernels:
+        print(f"    {kernel.name} ({kernel.direction}): {kernel.when}")
+        print(f"        reads {', '.join(kernel.reads)}; writes {', '.join(kernel.writes)}")
+    _show_bytes(plan.analysis, shape)
+    return 0
+
+
+def decay_text(analysis: Analysis) -> str:
+    """The kind of decay in words."""
+    text = DECAYS[analysis.decay]
+    if analysis.decay != "none":
+        text += " and token" if analysis.decay_varies else ", the same for all tokens"
+    if analysis.decay_low is not None and analysis.decay != "none":
+        text += f", log_decay >= {analysis.decay_low:.4g}"
+    return text + (", with a phase" if analysis.is_complex else "")
+
+
+def _features(spec: Spec, K: int) -> int:
+    return {0: K, 1: 1 + K, 2: 1 + K + K * (K + 1) // 2}[spec.taylor]
+
+
+def _show_state(spec: Spec, shape: dict[str, int]) -> None:
+    rows = _features(spec, shape["K"])
+    kind = "complex64" if spec.phase is not None else "fp32"
+    print(f"    state    {kind} [{shape['B']}, {shape['H']}, {rows}, {shape['V']}]", end="")
+    print(f", and [{shape['B']}, {shape['H']}, {rows}]" if spec.normalizer is not None else "")
+
+
+def _show_bytes(analysis: Analysis, shape: dict[str, int]) -> None:
+    """The floor: each tensor that varies in time moved once, in 16 bits. Parameters do not count by token."""
+    sizes = {axis: shape[axis.upper()] for axis in "hkv"}
+
+    def width(axes: str) -> int:
+        return 2 * _product(sizes[axis] for axis in axes if axis in sizes)
+
+    inputs = sum(width(one.axes) for one in analysis.inputs if "t" in one.axes)
+    output = width("hv")
+    saved = 4 * shape["H"] if analysis.normalizer is not None else 0  # the normaliser, fp32
+    again = output if analysis.normalizer is not None else 0
+    print(f"\nbytes per token at the least, 16-bit inputs, {shape['H']} heads (each tensor moved once)")
+    print(f"    forward   {inputs + output:8}  reads {inputs}, writes {output}")
+    reads = inputs + output + again + saved
+    print(f"    backward  {reads + inputs:8}  reads {reads}, writes {inputs}")
+
+
+def _product(numbers) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result
+
+
+def emit(arguments: argparse.Namespace) -> int:
+    """The kernels of a spec as one module to keep."""
+    from .analysis import analyse
+    from .plan import make_plan
+    from .render import render_standalone
+
+    text = render_standalone(make_plan(analyse(find_spec(arguments.spec))))
+    if arguments.output is None:
+        print(text, end="")
+    else:
+        Path(arguments.output).write_text(text, encoding="utf-8")
+        print(f"written: {arguments.output}", file=sys.stderr)
+    return 0
