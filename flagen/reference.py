@@ -2,15 +2,17 @@
 
     S_t = exp(log_decay_t + i phase_t) * S_{t-1} + key_t value_t^T,    o_t = Re(query_t^T S_t)
 
-It is made from the spec alone and shares nothing with the kernels but the evaluation of expressions, so that it can judge
-them. Gradients are autograd's. Every option is one of a few rewrites of the same recurrence: the scale multiplies query,
-a normaliser is one more column of ones in value, a Taylor map makes longer queries and keys, a phase makes the decay complex.
+It is made from the spec alone and shares nothing with the kernels but the evaluation of expressions, so that it can
+judge them. Gradients are autograd's. Every option is one of a few rewrites of the same recurrence: the scale multiplies
+query, a normaliser is one more column of ones in value, a Taylor map makes longer queries and keys, a phase makes the
+decay complex.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,9 +31,10 @@ WHOLE_ELEMENTS = 1 << 23  # of all states of a sequence: below, autograd keeps e
 
 
 class Roles(NamedTuple):
-    """A sequence of n tokens, time first. query, key [n, B, H, F] over the expanded features, query scaled; value [n, B, H, V],
-    with a last column of ones if there is a normaliser; decay broadcasts to [n, B, H, F, V], complex with a phase, or is None;
-    own [n, B, H, 1] with a bonus: the weight of the token's own value, and the output reads the state before the token; or None.
+    """A sequence of n tokens, time first. query, key [n, B, H, F] over the expanded features, query scaled; value [n,
+    B, H, V], with a last column of ones if there is a normaliser; decay broadcasts to [n, B, H, F, V], complex with a
+    phase, or is None; own [n, B, H, 1] with a bonus: the weight of the token's own value, and the output reads the
+    state before the token; or None.
     """
 
     query: Tensor
@@ -58,17 +61,19 @@ def run(
 ) -> tuple[Tensor, State | None]:
     """The output [B, T, H, V] in the dtype of value's first input, and the state after the last token or None.
 
-    inputs: tensors in the order of spec.inputs, on one device, of any float dtype; computed in fp64 if any is fp64, else in
-        fp32. An input's heads may be any divisor of the largest number of heads.
+    inputs: tensors in the order of spec.inputs, on one device, of any float dtype; computed in fp64 if any is fp64,
+        else in fp32. An input's heads may be any divisor of the largest number of heads.
     scalars: the numbers that the spec's Scalars stand for, by name. scale: None for the spec's, or K ** -0.5.
-    initial_state: [N, H, K, V], complex with a phase, over the expanded features with taylor; with normalize the pair of that
-        and of [N, H, K]. None is zero. The final state has the same form, in fp32 (complex64), or fp64 if an input is.
-    cu_seqlens: [N + 1] bounds of sequences in one row (B = 1), from 0 to at most T; tokens past the last give zero. Inputs with
-        the axis b and without t then have a row per sequence.
-    segment: tokens between the states that autograd keeps; those between are computed again in the backward, so that memory
-        grows with T / segment + segment. None decides by size. It changes no number.
+    initial_state: [N, H, K, V], complex with a phase, over the expanded features with taylor; with normalize the pair
+        of that and of [N, H, K]. None is zero. The final state has the same form, in fp32 (complex64), or fp64 if an
+        input is.
+    cu_seqlens: [N + 1] bounds of sequences in one row (B = 1), from 0 to at most T; tokens past the last give zero.
+        Inputs with the axis b and without t then have a row per sequence.
+    segment: tokens between the states that autograd keeps; those between are computed again in the backward, so that
+        memory grows with T / segment + segment. None decides by size. It changes no number.
 
-    Where exp(log_decay) is 0 the state is forgotten, and log_decay has no gradient there whatever its expression's derivative.
+    Where exp(log_decay) is 0 the state is forgotten, and log_decay has no gradient there whatever its expression's
+    derivative.
     Raises ValueError on a positive log_decay and on shapes, scalars or bounds that do not fit the spec.
     """
     device = inputs[0].device
@@ -83,7 +88,7 @@ def run(
         if limits is None:
             o, state = _sequence(roles, states, segment)
         else:
-            parts = roles.split([end - begin for begin, end in zip(limits, limits[1:], strict=False)])
+            parts = roles.split([end - begin for begin, end in pairwise(limits)])
             runs = [_sequence(part, states[i : i + 1], segment) for i, part in enumerate(parts)]
             past = roles.value.new_zeros(sizes["t"] - limits[-1], 1, sizes["h"], roles.value.shape[-1])
             o, state = torch.cat([*(o for o, _ in runs), past]), torch.cat([state for _, state in runs])
@@ -183,16 +188,16 @@ def _decay(spec: Spec, values: Mapping[str, Tensor | float], heads: int, like: T
 
 
 def _log_decay(spec: Spec, values: Mapping[str, Tensor | float], heads: int, like: Tensor) -> Tensor:
-    """Where the decay is zero the inputs are selected away: autograd would give 0 times the expression's derivative, which
-    is NaN where that is infinite.
+    """Where the decay is zero the inputs are selected away: autograd would give 0 times the expression's derivative,
+    which is NaN where that is infinite.
     """
     with torch.no_grad():
         value = _evaluated(spec.log_decay, values, heads, like)
         if (value > 0).any():
             raise ValueError(
                 f"{spec.name}: log_decay = {spec.log_decay} is positive in {int((value > 0).sum())} of {value.numel()} "
-                f"places, up to {float(value[value > 0].max()):.3g}; it is the natural log of the decay and must be <= 0: "
-                "is it the decay itself, or is a logsigmoid missing?"
+                f"places, up to {float(value[value > 0].max()):.3g}; it is the natural log of the decay and must be "
+                "<= 0: is it the decay itself, or is a logsigmoid missing?"
             )
         reset = value.exp() == 0
     if reset.any():
@@ -203,7 +208,9 @@ def _log_decay(spec: Spec, values: Mapping[str, Tensor | float], heads: int, lik
 
 
 def _features(x: Tensor, order: int, *, query: bool) -> Tensor:
-    """[..., K] to [1; x_i; x_i x_j for i <= j]. With the query's multiplicities the product of two is 1 + s (+ s^2 / 2)."""
+    """[..., K] to [1; x_i; x_i x_j for i <= j]. With the query's multiplicities the product of two is 1 + s (+ s^2 /
+    2).
+    """
     parts = [torch.ones_like(x[..., :1]), x]
     if order == 2:
         i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
@@ -287,7 +294,8 @@ def _sizes(spec: Spec, inputs: Sequence[Tensor], limits: list[int] | None) -> di
                 wanted, other = found.setdefault(axis, (size, declared.name))
             if size != wanted:
                 raise ValueError(
-                    f"{spec.name}: {declared.name} has the size {size} in its axis {axis}, by {other} it must be {wanted}"
+                    f"{spec.name}: {declared.name} has the size {size} in its axis {axis}, by {other} it must be "
+                    f"{wanted}"
                 )
     sizes = {axis: size for axis, (size, _) in found.items()} | ({"b": 1} if limits is not None else {})
     if limits is not None and limits[-1] > sizes["t"]:
@@ -297,7 +305,7 @@ def _sizes(spec: Spec, inputs: Sequence[Tensor], limits: list[int] | None) -> di
 
 def _limits(spec: Spec, cu_seqlens: Tensor | Sequence[int]) -> list[int]:
     limits = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else [int(x) for x in cu_seqlens]
-    if len(limits) < 2 or limits[0] != 0 or any(end < begin for begin, end in zip(limits, limits[1:], strict=False)):
+    if len(limits) < 2 or limits[0] != 0 or any(end < begin for begin, end in pairwise(limits)):
         raise ValueError(
             f"{spec.name}: cu_seqlens must rise from 0 and hold two bounds or more, got {str(limits)[:80]}"
         )

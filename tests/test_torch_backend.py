@@ -1,4 +1,6 @@
-"""The torch backend against the reference: fp64 to rounding, fp32 and 16 bit to the table, states, gradients, decode."""
+"""The torch backend against the reference: fp64 to rounding, fp32 and 16 bit to the table, states, gradients,
+decode.
+"""
 
 from __future__ import annotations
 
