@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
     show.add_argument("--shape", type=_shape, default="1,4096,16,128,128", metavar="B,T,H,K,V",
                       help="sizes for the input shapes and the bytes (default: %(default)s)")  # fmt: skip
-    emit = command("emit", "cli_spec:emit", "write the kernels of a spec as a module that needs only torch and triton")
+    emit = command("emit", "cli_spec:emit_module", "write the kernels of a spec as a module of their own")
     emit.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
     emit.add_argument("-o", "--output", metavar="FILE", help="where to write (default: stdout)")
     _check(command("check", "cli_check:check", "hold specs against their reference, forward, backward and decode"))

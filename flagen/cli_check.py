@@ -91,9 +91,7 @@ def check(arguments: argparse.Namespace) -> int:
     chosen += [find_spec(text) for text in arguments.specs]
     if not chosen:
         raise FlagenError(f"check: name the specs, or give --all; the shipped ones are {', '.join(specs.names())}")
-    work = units(chosen, arguments.dtype, device)
-    part, count = arguments.shard
-    work = work[len(work) * (part - 1) // count : len(work) * part // count]
+    work = sharded(units(chosen, arguments.dtype, device), *arguments.shard)
     jobs = arguments.jobs or min(cli_pool.cores(), cli_pool.MOST_JOBS)
     lines: list[Line] = []
     with contextlib.ExitStack() as stack:
@@ -133,6 +131,11 @@ def units(chosen: Iterable[Spec], dtypes: Iterable[str], device: str) -> list[Un
         text = spec.to_json()
         found += [Unit(spec.name, text, dtype, K, V, device) for dtype in dtypes for K, V in sizes]
     return found
+
+
+def sharded(work: list[Unit], part: int, count: int) -> list[Unit]:
+    """Part 1 .. count of the units, in order: most specs fall into one part whole."""
+    return work[len(work) * (part - 1) // count : len(work) * part // count]
 
 
 def run_unit(unit: Unit) -> tuple[list[Line], bool]:
@@ -181,7 +184,7 @@ def _run_case(spec: Spec, unit: Unit, options: dict[str, Any], label: str) -> li
     found = []
     for row in report.rows:
         numbers = row.rms, row.worst, row.limit, WORST_ROW * row.limit
-        found.append(Line(unit.name, unit.dtype, label, row.tensor, *numbers, ok=row.ok, fault=row.shape))
+        found.append(Line(unit.name, unit.dtype, label, row.tensor, *numbers, ok=row.ok, fault=row.fault))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from .spec import Spec
 
 if TYPE_CHECKING:
     from .analysis import Analysis
+    from .plan import Plan
 
 DECAYS = {"none": "none", "scalar": "one per head", "key": "one per key channel", "value": "one per value channel"}
 
@@ -83,13 +85,14 @@ def show(arguments: argparse.Namespace) -> int:
         print(f"    {one.name:8} {' '.join(one.axes):10} [{sizes}]{'':2}in {', '.join(roles[one])}")
     for scalar in spec.scalars:
         print(f"    {scalar.name:8} a number, by keyword")
-    _show_state(spec, shape)
+    print(f"    {'scale':8} {'K ** -0.5' if spec.scale is None else f'{spec.scale:g}'} by default")
+    _show_state(plan, shape)
     print(f"\ndecay: {decay_text(plan.analysis)}")
     print("\nkernels")
     for kernel in plan.kernels:
         print(f"    {kernel.name} ({kernel.direction}): {kernel.when}")
         print(f"        reads {', '.join(kernel.reads)}; writes {', '.join(kernel.writes)}")
-    _show_bytes(plan.analysis, shape)
+    _show_bytes(plan, shape)
     return 0
 
 
@@ -103,48 +106,42 @@ def decay_text(analysis: Analysis) -> str:
     return text + (", with a phase" if analysis.is_complex else "")
 
 
-def _features(spec: Spec, K: int) -> int:
-    return {0: K, 1: 1 + K, 2: 1 + K + K * (K + 1) // 2}[spec.taylor]
+def _show_state(plan: Plan, shape: dict[str, int]) -> None:
+    from .schedule import rows_of_state
 
-
-def _show_state(spec: Spec, shape: dict[str, int]) -> None:
-    rows = _features(spec, shape["K"])
+    spec, rows = plan.spec, rows_of_state(plan, shape["K"])
     kind = "complex64" if spec.phase is not None else "fp32"
     print(f"    state    {kind} [{shape['B']}, {shape['H']}, {rows}, {shape['V']}]", end="")
     print(f", and [{shape['B']}, {shape['H']}, {rows}]" if spec.normalizer is not None else "")
 
 
-def _show_bytes(analysis: Analysis, shape: dict[str, int]) -> None:
-    """The floor: each tensor that varies in time moved once, in 16 bits. Parameters do not count by token."""
+def _show_bytes(plan: Plan, shape: dict[str, int]) -> None:
+    """What kernels that move each tensor once move, in 16 bits, for all heads; parameters do not count by token."""
+    from .schedule import CHECKPOINT, rows_of_state
+
     sizes = {axis: shape[axis.upper()] for axis in "hkv"}
 
     def width(axes: str) -> int:
-        return 2 * _product(sizes[axis] for axis in axes if axis in sizes)
+        return 2 * math.prod(sizes[axis] for axis in axes if axis in sizes)
 
-    inputs = sum(width(one.axes) for one in analysis.inputs if "t" in one.axes)
+    inputs = sum(width(one.axes) for one in plan.analysis.inputs if "t" in one.axes)
     output = width("hv")
-    saved = 4 * shape["H"] if analysis.normalizer is not None else 0  # the normaliser, fp32
-    again = output if analysis.normalizer is not None else 0
-    print(f"\nbytes per token at the least, 16-bit inputs, {shape['H']} heads (each tensor moved once)")
+    # for the backward: a state every CHECKPOINT tokens, with a normaliser what was divided by (fp32), and then o again
+    parts = 2 if plan.complex else 1
+    saved = parts * 2 * shape["H"] * rows_of_state(plan, shape["K"]) * shape["V"] // CHECKPOINT
+    saved += 4 * shape["H"] if plan.normalized else 0
+    reads = inputs + output + saved + (output if plan.normalized else 0)
+    print(f"\nbytes per token, 16-bit inputs, {shape['H']} heads, each tensor moved once")
     print(f"    forward   {inputs + output:8}  reads {inputs}, writes {output}")
-    reads = inputs + output + again + saved
+    print(f"    training  {inputs + output + saved:8}  and writes {saved} for the backward")
     print(f"    backward  {reads + inputs:8}  reads {reads}, writes {inputs}")
 
 
-def _product(numbers) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
-
-
-def emit(arguments: argparse.Namespace) -> int:
+def emit_module(arguments: argparse.Namespace) -> int:
     """The kernels of a spec as one module to keep."""
-    from .analysis import analyse
-    from .plan import make_plan
-    from .render import render_standalone
+    from .compiler import emit
 
-    text = render_standalone(make_plan(analyse(find_spec(arguments.spec))))
+    text = emit(find_spec(arguments.spec))
     if arguments.output is None:
         print(text, end="")
     else:

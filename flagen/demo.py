@@ -1,4 +1,4 @@
-"""demo: compiles the shipped specs and the README's, runs them forward and backward, and shows how far they are from the
+"""demo: compiles the shipped specs and the README's, runs them forward and backward, and shows their errors against the
 reference. On a GPU the same command runs the Triton kernels.
 """
 
