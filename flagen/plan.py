@@ -1,0 +1,394 @@
+"""Analysis -> Plan: what the kernels of a spec are made of, as names and Triton text. The plan has no shapes.
+
+A template reads one Plan and decides nothing: every choice that removes an argument, a load or a product is a field here.
+Choices that depend on shapes, dtypes or the device are launch-time constants, made by schedule.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .analysis import Analysis
+from .expr import Call, Expr, Index, Input, Number
+from .functions import triton_text
+
+ROLE_CHANNEL = {"query": "k", "key": "k", "value": "v", "phase": "k", "bonus": "k"}
+# the accumulated decay of a step is clamped here (natural log; exact in bf16): exp(-128) is 0 in fp32
+DECAY_FLOOR = -128.0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorArg:
+    """An input or a host constant as a kernel sees it. `strided`: the axes whose strides are passed; channels have stride 1."""
+
+    name: str
+    axes: str
+    is_constant: bool
+    cast: str
+
+    @property
+    def batch(self) -> bool:
+        return "b" in self.axes
+
+    @property
+    def time(self) -> bool:
+        return "t" in self.axes
+
+    @property
+    def head(self) -> bool:
+        return "h" in self.axes
+
+    @property
+    def channel(self) -> str:
+        """'k', 'v' or ''"""
+        return "k" if "k" in self.axes else "v" if "v" in self.axes else ""
+
+    @property
+    def strided(self) -> str:
+        return "".join(axis for axis in "bth" if axis in self.axes)
+
+    @property
+    def row(self) -> str:
+        """Which row of the batch axis: a tensor without time has one a sequence."""
+        return "i_b" if self.time else "i_n"
+
+    @property
+    def block(self) -> str:
+        return block_name(self.name)
+
+    @property
+    def shape(self) -> str:
+        """The block's shape, for comments."""
+        parts = (["BT"] if self.time else []) + ([f"B{self.channel.upper()}"] if self.channel else [])
+        return f"[{', '.join(parts)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A role's text over the blocks b_<input>. `identity`: the input it is, if it is nothing but one with all its axes."""
+
+    name: str
+    text: str
+    identity: str
+    axes: str
+    inputs: tuple[str, ...]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is the same for all tokens."""
+        return "t" not in self.axes
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """How a chunk's gradient of one input comes from those of the roles: `terms` are texts of its full blocks, which are
+    summed over channels (`reduced`: the terms' blocks have a channel axis that the input lacks).
+    """
+
+    tensor: TensorArg
+    terms: tuple[tuple[str, str, bool], ...]  # role, text, reduced
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def partial(self) -> bool:
+        """Whether blocks of V each hold a part of it."""
+        return self.tensor.channel != "v"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One kernel of the plan, for people: its name, what it walks over, and what it reads and writes."""
+
+    name: str
+    direction: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    when: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions that give the text of a spec's kernels."""
+
+    analysis: Analysis
+
+    @property
+    def spec(self):
+        return self.analysis.spec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def recurrence(self) -> str:
+        return self.spec.recurrence
+
+    @cached_property
+    def tensors(self) -> tuple[TensorArg, ...]:
+        """The inputs in order, then the host constants."""
+        constants = tuple(TensorArg(one.name, one.axes, True, "") for one, _ in self.analysis.constants)
+        return tuple(TensorArg(one.name, one.axes, False, self._cast(one)) for one in self.analysis.inputs) + constants
+
+    @cached_property
+    def inputs(self) -> tuple[TensorArg, ...]:
+        return tuple(tensor for tensor in self.tensors if not tensor.is_constant)
+
+    def _cast(self, one: Input) -> str:
+        """Blocks are fp32, but for those that go straight into products."""
+        used = [expr for _, expr in self.analysis.roles if one in expr.inputs]
+        plain = all(expr == one for expr in used) and self.role_of(one) in ("query", "key", "value")
+        return "" if plain else ".to(tl.float32)"
+
+    def role_of(self, one: Input) -> str:
+        """The first role that uses the input."""
+        return next(role for role, expr in self.analysis.roles if one in expr.inputs)
+
+    # --- decay
+
+    @property
+    def decay(self) -> str:
+        """none, constant (a scalar without time), scalar, key or value."""
+        if self.analysis.decay == "scalar" and not self.analysis.decay_varies:
+            return "constant"
+        return self.analysis.decay
+
+    @property
+    def channel_decay(self) -> str:
+        """'k' or 'v' for a decay per channel, else ''."""
+        return {"key": "k", "value": "v"}.get(self.decay, "")
+
+    @property
+    def tree(self) -> bool:
+        return bool(self.channel_decay)
+
+    @property
+    def row_decay(self) -> bool:
+        """Whether a chunk's decay is one number a token."""
+        return self.decay in ("constant", "scalar")
+
+    @property
+    def exclusive(self) -> bool:
+        return self.analysis.exclusive
+
+    @property
+    def own_term(self) -> bool:
+        """Whether a token's own pair is added apart, in fp32: with a bonus, and where the tree does not meet it."""
+        return self.exclusive or self.decay == "key"
+
+    @property
+    def complex(self) -> bool:
+        return self.analysis.is_complex
+
+    @property
+    def taylor(self) -> int:
+        return self.analysis.taylor
+
+    @property
+    def normalized(self) -> bool:
+        return self.analysis.normalizer is not None
+
+    @property
+    def normalizer(self) -> str:
+        """f(n) as text over b_n."""
+        return self._normalizer_text(self.analysis.normalizer)
+
+    @property
+    def normalizer_gradient(self) -> str:
+        return self._normalizer_text(self.analysis.normalizer_gradient)
+
+    def _normalizer_text(self, expr: Expr) -> str:
+        return triton_text(expr, {leaf: "b_n" for leaf in expr.walk() if isinstance(leaf, Input)})
+
+    @property
+    def decay_floor(self) -> float:
+        return DECAY_FLOOR
+
+    @property
+    def range_sums(self) -> bool:
+        """Whether sums over the steps between two rows are taken by products."""
+        return self.tree or self.complex or self.decay == "scalar"
+
+    @property
+    def read_op(self) -> str:
+        """Which steps r lie between the chunk's start and a row's read of the state."""
+        return "<" if self.exclusive else "<="
+
+    @property
+    def pair_op(self) -> str:
+        """Which pairs (t, s) the score tile holds."""
+        return ">" if self.own_term else ">="
+
+    @property
+    def own_weight(self) -> str:
+        """The bonus as a factor of query key, or nothing."""
+        return f" * {self.bonus.text if self.bonus.identity else f'({self.bonus.text})'}" if self.bonus else ""
+
+    # --- roles
+
+    @cached_property
+    def query(self) -> Role:
+        return self._role("query")
+
+    @cached_property
+    def key(self) -> Role:
+        return self._role("key")
+
+    @cached_property
+    def value(self) -> Role:
+        return self._role("value")
+
+    @cached_property
+    def log_decay(self) -> Role | None:
+        return self._role("log_decay")
+
+    @cached_property
+    def phase(self) -> Role | None:
+        return self._role("phase")
+
+    @cached_property
+    def bonus(self) -> Role | None:
+        return self._role("bonus")
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return tuple(self._role(name) for name, _ in self.analysis.roles)
+
+    def _role(self, name: str) -> Role | None:
+        expr = self.analysis.role(name)
+        if expr is None:
+            return None
+        channel, time = self._role_block(name)
+        identity = block_name(expr.name) if isinstance(expr, Input) and "t" in expr.axes and (not channel or channel in expr.axes) else ""
+        text = triton_text(expr, {leaf: block_text(leaf, time, channel) for leaf in leaves(expr)})
+        return Role(name, text, identity, expr.axes, tuple(one.name for one in expr.inputs))
+
+    def _role_block(self, role: str) -> tuple[str, bool]:
+        """The channel axis and whether there is a time axis of the block in which a role is evaluated."""
+        if role == "log_decay":
+            return self.channel_decay, self.decay != "constant"
+        return ROLE_CHANNEL[role], True
+
+    # --- gradients
+
+    @cached_property
+    def gradients(self) -> tuple[Gradient, ...]:
+        """How the gradient of each input comes from those of the roles, in the order of the inputs."""
+        found = []
+        for tensor in self.inputs:
+            terms = [(role, diff) for role, one, diff in self.analysis.gradients if one.name == tensor.name]
+            found.append(Gradient(tensor, tuple(self._term(tensor, role, diff) for role, diff in terms)))
+        return tuple(found)
+
+    def _term(self, tensor: TensorArg, role: str, diff: Expr) -> tuple[str, str, bool]:
+        channel, _ = self._role_block(role)
+        gradient = f"b_d{role}"
+        if diff != Number(1):
+            text = triton_text(diff, {leaf: block_text(leaf, True, channel) for leaf in leaves(diff)})
+            gradient = f"{gradient} * ({text})"
+        if role == "log_decay":
+            # where the decay is zero so is its gradient, whatever the gate's derivative is there
+            gradient = f"tl.where(b_ld > DECAY_FLOOR, {gradient}, 0.0)"
+        return role, gradient, bool(channel) and not tensor.channel
+
+    @cached_property
+    def fixed_gradients(self) -> tuple[Gradient, ...]:
+        """Those of inputs without a time axis, which a program sums over its tokens."""
+        return tuple(one for one in self.gradients if not one.tensor.time)
+
+    def need(self, role: str) -> str:
+        """A Python expression over `needs`: whether the gradient of a role is needed for one that is asked for."""
+        role = {"decay": "log_decay"}.get(role, role)
+        marks = [f"needs[{i}]" for i, x in enumerate(self.gradients) if any(name == role for name, _, _ in x.terms)]
+        return f"any(({', '.join(marks)},))" if marks else "False"
+
+    @property
+    def gradient_names(self) -> str:
+        return ", ".join(f"d{x.name}" for x in self.inputs)
+
+    def tensors_of(self, *roles: str) -> tuple[TensorArg, ...]:
+        """The tensors that the named roles use."""
+        names = {leaf.name for role, expr in self.analysis.roles if role in roles for leaf in leaves(expr)}
+        return tuple(tensor for tensor in self.tensors if tensor.name in names)
+
+    @cached_property
+    def state_tensors(self) -> tuple[TensorArg, ...]:
+        """What the state's update needs: no query."""
+        return self.tensors_of("key", "value", "log_decay", "phase")
+
+    @cached_property
+    def adjoint_tensors(self) -> tuple[TensorArg, ...]:
+        """What the adjoint's update needs: no key, no value."""
+        return self.tensors_of("query", "log_decay", "phase")
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The blocks that make up a state."""
+        return ("h", *(("hi",) if self.complex else ()))
+
+    # --- for people
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        names = tuple(one.name for one in self.inputs)
+        gradients = tuple(f"d{name}" for name in names)
+        state = ("S", "z") if self.normalized else ("S",)
+        keys = tuple(one.name for one in self.state_tensors if not one.is_constant)
+        queries = tuple(one.name for one in self.adjoint_tensors if not one.is_constant)
+        return (
+            Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=names, writes=("o", *state), when="always"),
+            Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=keys, writes=state,
+                   when="the sequence is cut into pieces: their end states, from zero"),
+            Kernel(name=f"{self.name}_scan_kernel", direction="either", reads=state, writes=state,
+                   when="the sequence is cut into pieces: their true first states"),
+            Kernel(name=f"{self.name}_bwd_state_kernel", direction="backward", reads=(*queries, "do"),
+                   writes=tuple(f"d{x}" for x in state), when="the backward is cut into pieces"),
+            Kernel(name=f"{self.name}_bwd_kernel", direction="backward", reads=(*names, "do", *state),
+                   writes=gradients, when="a gradient is asked for"),
+            Kernel(name=f"{self.name}_step_kernel", direction="one token", reads=(*names, *state), writes=("o", *state),
+                   when="decode"),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        lines = [f"plan of {self.name}", f"  decay: {self.decay}", f"  state: {' + '.join(self.state_names)}"]
+        lines += [f"  {role.name} = {role.text}" for role in self.roles]
+        for kernel in self.kernels:
+            lines.append(f"  {kernel.name} ({kernel.direction}): {kernel.when}")
+            lines.append(f"    reads {', '.join(kernel.reads)}; writes {', '.join(kernel.writes)}")
+        return "\n".join(lines)
+
+
+def make_plan(analysis: Analysis) -> Plan:
+    """The plan of an analysed spec. Pure: the same analysis gives the same plan and text."""
+    return Plan(analysis)
+
+
+# blocks that kernels make themselves; an input of such a name gets another block
+OWN_BLOCKS = frozenset(
+    "query key value ld turn angle h hi hr z dh dhi dhr dz A dA D s c ct n dn o do dod d dd ds own fk fq kd qd vd en ek eq cn sn "
+    "ck sk cr sr cl sl qc qs kc ks x xl xq xk xqi xki y yl yqi yki all weight first second k1 k2 q1 q2 tree gt at dquery dkey "
+    "dvalue dlog_decay dphase dbonus dfq dfk dvi dqr dqi dkr dki dqc dqs dkc dks sum part pick picked".split()
+)
+
+
+def block_name(name: str) -> str:
+    """The name of an input's block. Names of inputs do not end with _."""
+    return f"b_{name}_" if name in OWN_BLOCKS or name.startswith("sum_") else f"b_{name}"
+
+
+def leaves(expr: Expr) -> tuple[Input, ...]:
+    return tuple(dict.fromkeys(node for node in expr.walk() if isinstance(node, Input)))
+
+
+def block_text(leaf: Expr, time: bool, channel: str) -> str:
+    """The block of an input as it broadcasts in a block with or without a time and a channel axis."""
+    assert not isinstance(leaf, (Index, Call)), "indices are constants by now"
+    name = block_name(leaf.name)
+    has_time, has_channel = "t" in leaf.axes, "k" in leaf.axes or "v" in leaf.axes
+    if not (time and channel) or (has_time and has_channel):
+        return name
+    return f"{name}[:, None]" if has_time else f"{name}[None, :]" if has_channel else name

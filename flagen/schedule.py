@@ -1,0 +1,165 @@
+"""Plan, shapes, dtypes and device -> Schedule: the launch-time constants of a call, decided by arithmetic.
+
+A program holds a block of the state in registers, so the state's size decides tiles and warps; programs against
+multiprocessors decide whether sequences are cut into pieces; nothing is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from .plan import Plan
+
+CHECKPOINT = 256  # tokens between the states that the training forward keeps
+STATE_ELEMENTS = 1 << 14  # of a program's block of the state: 64 KiB of registers in fp32
+PRECISIONS = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
+
+
+class Shape(NamedTuple):
+    """The sizes of a call: batch, tokens, heads, key and value channels, sequences (the batch, or those of cu_seqlens)."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    N: int
+
+    @classmethod
+    def dense(cls, B: int, T: int, H: int, K: int, V: int) -> Shape:
+        return cls(B, T, H, K, V, B)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one kernel is cut: tokens per chunk, value channels per program, warps, and depth of the pipeline."""
+
+    BT: int
+    BV: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Launch-time constants. fwd_L, bwd_L: tokens per piece of a sequence, a multiple of LC, or 0 where it is not cut.
+
+    DOT, PRECISION: dtype of the products' operands and how fp32 ones are multiplied; SUM_PRECISION: the same for sums of
+    log decays; PARTS: how many bf16 parts of a log decay are summed.
+    """
+
+    fwd: Tile
+    bwd: Tile
+    step: Tile
+    BK: int
+    BF: int
+    LC: int
+    fwd_L: int
+    bwd_L: int
+    PARTS: int
+    DOT: Any
+    PRECISION: str
+    SUM_PRECISION: str
+    checkpoint: Any
+
+
+class Device(NamedTuple):
+    """What a schedule needs to know of a device. `shared`: bytes of shared memory that one program may have."""
+
+    multiprocessors: int
+    shared: int
+
+
+HOPPER = Device(132, 227 * 1024)
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The facts of a CUDA device; those of an H100 for any other, such as the interpreter's."""
+    import torch
+
+    if device.type != "cuda":
+        return HOPPER
+    found = torch.cuda.get_device_properties(device)
+    return Device(found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", HOPPER.shared))
+
+
+def rows_of_state(plan: Plan, K: int) -> int:
+    """Rows F of the state: key channels, or the features of a Taylor map."""
+    return K if not plan.taylor else 1 + K + (K * (K + 1) // 2 if plan.taylor == 2 else 0)
+
+
+def schedule(
+    plan: Plan,
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    exact_decay: bool = False,
+    device: Device = HOPPER,
+    chunk_size: int | None = None,
+    input_precision: str | None = None,
+    checkpoint: int = CHECKPOINT,
+) -> Schedule:
+    """The schedule of a call. dtype: that of the output; exact_decay: log decays are bf16 as given.
+
+    chunk_size: tokens per chunk, 16, 32, 64 or 128, instead of the plan's own; input_precision: how products of fp32 inputs are taken.
+    """
+    import torch
+    import triton
+    import triton.language as tl
+
+    low = dtype == torch.bfloat16
+    F = rows_of_state(plan, shape.K)
+    BK, BF = block(shape.K, triton), block(F, triton)
+    parts = 2 if plan.complex else 1
+    BV = max(16, min(block(shape.V, triton), STATE_ELEMENTS // (BF * parts)))
+    BT = chunk_size or chunk(plan, BF, low)
+    LC = max(checkpoint, BT) // BT * BT
+    fwd, bwd = tiles(plan, BT, BV, BF * BV * parts, low)
+    programs = shape.N * shape.H * -(-shape.V // BV)
+    return Schedule(
+        fwd=fwd,
+        bwd=bwd,
+        step=Tile(1, max(16, min(BV, 4096 // BF)), 4, 1),
+        BK=BK,
+        BF=BF,
+        LC=LC,
+        fwd_L=piece(shape, programs, device, LC),
+        bwd_L=piece(shape, programs, device, LC),
+        PARTS=1 if exact_decay and low else 2,
+        DOT=tl.bfloat16 if low else tl.float32,
+        PRECISION=input_precision or ("tf32" if dtype == torch.float16 else "tf32x3"),
+        SUM_PRECISION="tf32x3",
+        checkpoint=torch.bfloat16 if low else torch.float32,
+    )
+
+
+def block(size: int, triton: Any) -> int:
+    """The block of an axis: a power of two that products take."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def chunk(plan: Plan, BF: int, low: bool) -> int:
+    """Tokens per chunk: as many as the tiles [BT, BF] leave registers for."""
+    widest = 64 if low and not plan.tree else 32
+    return max(16, min(widest, STATE_ELEMENTS // BF))
+
+
+def tiles(plan: Plan, BT: int, BV: int, elements: int, low: bool) -> tuple[Tile, Tile]:
+    """Warps by the size of the state's block: 64 fp32 registers a thread at the most."""
+    warps = 8 if elements > STATE_ELEMENTS // 2 else 4
+    stages = 2 if low and elements <= STATE_ELEMENTS else 1
+    return Tile(BT, BV, warps, stages), Tile(BT, BV, warps, 1)
+
+
+def piece(shape: Shape, programs: int, device: Device, LC: int) -> int:
+    """Tokens per piece, so that there are about as many programs as multiprocessors; 0 where there are enough already."""
+    wanted = device.multiprocessors // max(1, programs)
+    if wanted < 2 or shape.T <= 2 * LC:
+        return 0
+    return -(-shape.T // wanted // LC) * LC
