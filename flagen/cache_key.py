@@ -18,9 +18,9 @@ FORMAT = 1
 _PACKAGE = Path(__file__).parent
 # modules that no generated text depends on; every other one is part of the key, so that a new module never is forgotten
 NOT_SHAPING = (
-    "__init__", "__main__", "autograd*", "bench*", "cache", "cache_key", "checks", "cli*", "compare", "compiler", "config",
-    "demo*", "load", "logs", "op", "op_*", "private", "reference*", "samples", "schedule*", "testing*", "torch_*",
-    "triton_*",
+    "__init__", "__main__", "autograd*", "bench*", "cache", "cache_key", "checks", "cli*", "compare", "compiler",
+    "config", "demo*", "load", "logs", "op", "op_*", "private", "reference*", "samples", "schedule*", "testing*",
+    "torch_*", "triton_*",
 )  # fmt: skip
 # the distributions that a version is looked for in
 _DISTRIBUTIONS = {
@@ -77,7 +77,7 @@ def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             found |= flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+            found[prefix + name] = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return found
 
 

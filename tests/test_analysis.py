@@ -1,16 +1,18 @@
 """Analysis: the facts that follow from a spec, and the interval arithmetic under its bounds."""
 
+import json
 import math
 import subprocess
 import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flagen import specs
-from flagen.analysis import analyse
+from flagen.analysis import analyse, derivative_texts, restored
+from flagen.errors import SpecError
 from flagen.expr import (
     NORM,
     Call,
@@ -40,6 +42,7 @@ from flagen.expr import (
 )
 from flagen.functions import evaluate_host, host_power
 from flagen.intervals import interval
+from flagen.parse import parse, parse_derivative
 from flagen.spec import Spec
 
 g = Input("g", "b t h k")
@@ -257,3 +260,59 @@ def test_taylor_of_both_orders():
     for order in (1, 2):
         spec = Spec("s", feature_map=taylor(order), value=v)
         assert analyse(spec).taylor == order
+
+
+# --- analyses from the text of their derivatives
+
+
+def through_json(spec):
+    """The analysis as the next process gets it from the cache."""
+    return restored(spec, json.loads(json.dumps(derivative_texts(analyse(spec)))))
+
+
+@pytest.mark.parametrize("name", specs.names())
+def test_the_shipped_specs_come_back_from_text(name):
+    assert through_json(specs.get(name)) == analyse(specs.get(name))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(trees, trees, st.sampled_from(["log_decay", "bonus", "phase"]))
+def test_any_analysis_comes_back_from_text(tree, other, role):
+    try:
+        spec = Spec("s", value=v * tree, key=k / (other + heads), **{role: -exp(other) * Scalar("rate")})
+        expected = analyse(spec)
+    except SpecError:
+        assume(False)
+    assert through_json(spec) == expected
+
+
+@pytest.mark.parametrize(
+    "normalize", [True, lambda n: maximum(abs(n), 1), lambda n: sqrt(n * n + 0.1), lambda n: relu(n) + minimum(n, 2)]
+)
+def test_normalizers_come_back_from_text(normalize):
+    spec = Spec("s", feature_map=elu_plus_one, normalize=normalize)
+    assert through_json(spec) == analyse(spec)
+
+
+def test_a_derivative_larger_than_a_user_may_write_comes_back_from_text():
+    tree = x
+    for _ in range(18):
+        tree = tanh(tree * silu(x)) + y
+    spec = Spec("s", value=v * tree)
+    expected = analyse(spec)
+    text = max((text for _, _, text in derivative_texts(expected)["gradients"]), key=len)
+    names = {one.name: one for one in spec.inputs}
+    with pytest.raises(SpecError, match=r"limit is|more than"):
+        parse(text, names)
+    assert through_json(spec) == expected
+
+
+@pytest.mark.parametrize("name", ["sign", "step", "half_step"])
+def test_functions_of_derivatives_are_for_derivatives(name):
+    assert parse_derivative(f"{name}(x) * 2", {"x": x}) == Call("mul", (Call(name, (x,)), Number(2)))
+    with pytest.raises(SpecError, match=f"unknown function '{name}'"):
+        parse(f"{name}(x) * 2", {"x": x})
+    with pytest.raises(SpecError, match="takes 1 argument"):
+        parse_derivative(f"{name}(x, x)", {"x": x})
+    with pytest.raises(SpecError, match="unknown function"):
+        parse_derivative("open(x)", {"x": x})

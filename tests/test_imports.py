@@ -148,8 +148,8 @@ def outside(tree: ast.AST) -> set[str]:
 
 STANDARD = set(sys.stdlib_module_names)
 TORCH_MODULES = (
-    "torch_*", "triton_*", "schedule*", "reference", "samples", "compare", "testing", "checks", "op", "op_*", "autograd*",
-    "demo*", "cli_*",
+    "torch_*", "triton_*", "schedule*", "reference", "samples", "compare", "testing", "checks", "op", "op_*",
+    "autograd*", "demo*", "cli_*",
 )  # fmt: skip
 
 
