@@ -118,7 +118,7 @@ def _frozen(scalars: Mapping[str, float] | None) -> tuple[tuple[str, float], ...
 
 def _normal(one: Input, shape: list[int], seed: int) -> Tensor:
     """Standard normal, by seed and name, on the CPU. Inputs without a time axis are parameters, and moderate."""
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(one.name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {one.name}".encode()))
     return torch.randn(shape, generator=generator) * (1.0 if "t" in one.axes else 0.5)
 
 
@@ -128,15 +128,16 @@ def _normal(one: Input, shape: list[int], seed: int) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _chosen(spec: Spec, given: tuple | None) -> tuple[dict[Input, Draw], tuple[tuple[str, float], ...]]:
     """How to draw each input, and the scalars' values."""
-    # log_decay first: it asks the most
-    roles = sorted(spec.roles, key=lambda item: item[0] != "log_decay")
+    # log_decay first, it asks the most; then what shares inputs with it
+    decay = set() if spec.log_decay is None else set(spec.log_decay.inputs)
+    roles = sorted(spec.roles, key=lambda item: (item[0] != "log_decay", not decay & set(item[1].inputs)))
     for scalars in _scalar_values(spec) if given is None else (given,):
         chosen = _filled(roles, {}, dict(scalars))
         if chosen is not None:
             return chosen, scalars
-    decay = "" if spec.log_decay is None else f" and log_decay = {spec.log_decay} <= 0"
+    wanted = "" if spec.log_decay is None else f" and log_decay = {spec.log_decay} <= 0"
     raise ValueError(
-        f"{spec.name}: no inputs were found for which all expressions are finite{decay}; declare bounds that make it "
+        f"{spec.name}: no inputs were found for which all expressions are finite{wanted}; declare bounds that make it "
         "so, as Input(..., low=, high=), or give inputs and scalars of your own"
     )
 

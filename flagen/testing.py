@@ -17,9 +17,10 @@ from torch import Tensor
 
 from . import reference
 from .compare import HEADER, TOLERANCES, WORST_ROW, Error, Report, Row, assert_close, kind_of, limit_of, measure, row
-from .samples import make_inputs, make_scalars, make_state
+from .samples import gates, make_inputs, make_scalars, make_state
 
 if TYPE_CHECKING:
+    from .expr import Input
     from .spec import Spec
 
 __all__ = [
@@ -143,7 +144,7 @@ class Results:
     final: tuple[Tensor, ...]
     d_inputs: tuple[Tensor, ...]
     d_initial: tuple[Tensor, ...]
-    rates: float = 0.0  # RMS of o . do over the tokens: how much a change of one token's exponent can matter
+    rate: float  # RMS of o . do over tokens and heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +201,9 @@ class Case:
             kind = torch.complex64 if x.is_complex() else torch.float32
             d_out.append(torch.randn(x.shape, generator=generator, dtype=kind).to(x.device, x.dtype))
         grads = torch.autograd.grad((o, *final), (*inputs, *states), d_out, allow_unused=True, materialize_grads=True)
-        rates = float((o.detach().double() * d_out[0].double()).sum(-1).square().mean().sqrt()) if o.numel() else 0.0
+        rate = float((o.detach().double() * d_out[0].double()).sum(-1).square().mean().sqrt()) if o.numel() else 0.0
         d_inputs, d_initial = grads[: len(inputs)], grads[len(inputs) :]
-        return Results(o.detach(), tuple(x.detach() for x in final), d_inputs, d_initial, rates)
+        return Results(o.detach(), tuple(x.detach() for x in final), d_inputs, d_initial, rate)
 
 
 def _tuple(state: Any) -> tuple[Tensor, ...]:
@@ -215,13 +216,24 @@ def _compared(case: Case, dtype: torch.dtype, got: Results, want: Results) -> li
     for part, x, y in zip("Sz", got.final, want.final, strict=False):
         rows.append(row(f"final_state {part}", x, y, limit_of(dtype, "o"), dtype=of_states))
     for one, x, y in zip(spec.inputs, got.d_inputs, want.d_inputs, strict=True):
-        channels = one.axes[-1] in "kv"
-        # a gradient that is exactly zero has no size of its own to compare with
-        floor = 0.0 if y.any() else want.rates
-        rows.append(row(f"d {one.name}", x, y, limit_of(dtype, kind_of(spec, one)), channels=channels, floor=floor))
+        how = {"channels": one.axes[-1] in "kv", "floor": _floor(case, one, y, want.rate)}
+        rows.append(row(f"d {one.name}", x, y, limit_of(dtype, kind_of(spec, one)), **how))
     for part, x, y in zip("Sz", got.d_initial, want.d_initial, strict=False):
         rows.append(row(f"d initial_state {part}", x, y, limit_of(dtype, "gradient")))
     return rows
+
+
+def _floor(case: Case, one: Input, gradient: Tensor, rate: float) -> float:
+    """The size to compare a gradient with where it is smaller than this, because it is a difference of larger terms.
+
+    It is zero at a first token: of a decay exactly, of what a normaliser divides out again but for eps. The terms are
+    of the size of o . do over the input's.
+    """
+    if case.spec.normalizer is not None and one not in gates(case.spec):
+        x = case.inputs[case.spec.inputs.index(one)].detach().double()
+        rows = x.square().sum(-1) if one.axes[-1] in "kv" else x.square()
+        return rate / float(rows.mean().sqrt()) if x.any() else 0.0
+    return 0.0 if gradient.any() else rate
 
 
 @torch.no_grad()
