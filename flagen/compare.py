@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .spec import Spec
 
 # The limit of the relative RMS error, by the dtype of the inputs and the kind of the tensor: "o", outputs and final
-# states; "gradient", of inputs and initial states; "gate", gradients of the inputs of log_decay and phase and of those
-# that lack an axis, over which a gradient is summed.
+# states; "gradient", of inputs and initial states; "gate", gradients of the inputs of log_decay and phase, and of what
+# lacks an axis, over which its gradient is summed: inputs such as a bonus per head, the normaliser's initial sums.
 TOLERANCES: dict[torch.dtype, dict[str, float]] = {
     torch.bfloat16: {"o": 4e-3, "gradient": 6e-3, "gate": 2e-2},
     torch.float16: {"o": 1e-3, "gradient": 2e-3, "gate": 1e-2},
