@@ -1,0 +1,290 @@
+"""The function that a spec compiles to: validation, autocast, autograd, and the operators of op_library."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import op_text, reference
+from .checks import Checks
+from .op_library import Operators
+
+if TYPE_CHECKING:
+    from .analysis import Analysis
+    from .plan import Plan
+    from .spec import Spec
+
+State = Tensor | tuple[Tensor, Tensor]
+
+
+class Op:
+    """A compiled recurrence: op(*tensors, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None),
+    with the spec's scalars as further keywords, gives (o, final_state). help(op.__call__) and op.__doc__ say more.
+
+    spec, analysis, plan: the stages that it was made from. source: the text of the Triton kernels. path: the file with
+    it, or None. backend: "auto", "triton" or "torch".
+    torch_backend, triton_backend: make what runs a call, each called once, when it is first needed.
+    origin: a function and its arguments that give this op, for pickle; without it the op cannot be pickled.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: Spec,
+        analysis: Analysis,
+        plan: Plan | None,
+        backend: str,
+        torch_backend: Callable[[], Any],
+        triton_backend: Callable[[], Any],
+        source: str,
+        path: str | None,
+        origin: tuple[Callable[..., Op], tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.spec, self.analysis, self.plan = spec, analysis, plan
+        self.backend, self.source, self.path = backend, source, path
+        self.__name__ = self.__qualname__ = spec.name
+        self.__doc__ = op_text.call_doc(spec)
+        self.__signature__ = op_text.call_signature(spec)
+        self.step = _described(self._step, "step", op_text.step_signature(spec), op_text.step_doc(spec))
+        self.reference = _described(self._reference, "reference", self.__signature__, op_text.reference_doc(spec))
+        self._origin = origin
+        self._names = tuple(one.name for one in spec.inputs)
+        self._scalar_names = tuple(one.name for one in spec.scalars)
+        self._casts = _cast_by_autocast(spec)
+        self._checks = Checks(analysis, _triton_devices(backend), backend == "triton")
+        options = () if origin is None else origin[1]
+        identity = "\n".join((spec.to_json(), backend, repr(options), source))
+        self._operators = Operators(analysis, self._checks, torch_backend, triton_backend, identity)
+
+    def __call__(
+        self,
+        *tensors: Tensor,
+        scale: float | None = None,
+        initial_state: State | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        **named: Any,
+    ) -> tuple[Tensor, State | None]:
+        """See this op's __doc__, which is written from its spec."""
+        if named or self._scalar_names or len(tensors) != len(self._names):
+            tensors, scalars = self._bound(tensors, named, self.__signature__)
+        else:
+            scalars = ()
+        sizes = self._checks.tensors(tensors, cu_seqlens)
+        if not torch.compiler.is_compiling():
+            self._refuse_transforms(tensors)
+        scale = self._scale(scale, sizes.K)
+        state = self._checks.state("initial_state", initial_state, sizes, tensors[0].device)
+        tensors = self._autocast(tensors)
+        if cu_seqlens is not None and cu_seqlens.dtype is not torch.int32:
+            cu_seqlens = cu_seqlens.to(torch.int32)
+        want_final = bool(output_final_state)
+        if _recorded((*tensors, *state)):
+            settings = (scalars, scale, want_final)
+            o, *rest = _Attention.apply(self, settings, cu_seqlens, len(tensors), *tensors, *state)
+            final = rest[: self._checks.parts] if want_final else ()
+        else:
+            o, final, _ = self._operators.forward(tensors, state, cu_seqlens, scalars, scale, want_final, False)
+        if not want_final:
+            return o, None
+        return o, final[0] if self._checks.parts == 1 else (final[0], final[1])
+
+    def _step(self, *tensors: Tensor, scale: float | None = None, **named: Any) -> Tensor:
+        state = named.pop("state", None)
+        if named or self._scalar_names or len(tensors) != len(self._names):
+            tensors, scalars = self._bound(tensors, named, self.step.__signature__, state=state)
+        else:
+            scalars = ()
+        sizes = self._checks.tensors(tensors, None, step=True)
+        if not torch.compiler.is_compiling():
+            self._refuse_transforms(tensors)
+        parts = self._checks.written_state(state, sizes, tensors[0].device)
+        with torch.no_grad():
+            return self._operators.step(self._autocast(tensors), parts, scalars, self._scale(scale, sizes.K))
+
+    def _reference(
+        self,
+        *tensors: Tensor,
+        scale: float | None = None,
+        initial_state: State | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        **named: Any,
+    ) -> tuple[Tensor, State | None]:
+        tensors, scalars = self._bound(tensors, named, self.__signature__)
+        if scale is not None:
+            scale = self._checks.scale(scale)
+        return reference.run(
+            self.spec,
+            tensors,
+            scalars=dict(zip(self._scalar_names, scalars, strict=True)),
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def _bound(
+        self, tensors: tuple[Tensor, ...], named: dict[str, Any], signature: inspect.Signature, **others: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
+        """The tensors and the scalars of a call. What is missing or unknown is a TypeError, as of any function."""
+        keywords = self._names[len(tensors) :]
+        wanted = (*keywords, *self._scalar_names)
+        if len(tensors) > len(self._names) or len(named) != len(wanted) or any(name not in named for name in wanted):
+            try:
+                signature.bind(*tensors, **named, **others)
+            except TypeError as error:
+                raise TypeError(f"{self.__name__}: {error}; it is called as {op_text.short_call(self.spec)}") from None
+        tensors = (*tensors, *(named[name] for name in keywords))
+        return tensors, self._checks.scalars([named[name] for name in self._scalar_names])
+
+    def _scale(self, scale: float | None, key_channels: int) -> float:
+        if scale is not None:
+            return self._checks.scale(scale)
+        return self.spec.scale if self.spec.scale is not None else key_channels**-0.5
+
+    def _autocast(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Under autocast, what stands in query, key and value alone is cast; gates and states never are."""
+        kind = tensors[0].device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return tensors
+        dtype = torch.get_autocast_dtype(kind)
+        return tuple(
+            x.to(dtype) if cast and x.dtype is not torch.float64 else x
+            for x, cast in zip(tensors, self._casts, strict=True)
+        )
+
+    def _refuse_transforms(self, tensors: tuple[Tensor, ...]) -> None:
+        """torch.func.grad and vjp work; vmap and forward-mode derivatives do not, and say so."""
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise NotImplementedError(
+                f"{self.__name__}: forward-mode derivatives (torch.func.jvp, forward_ad) are not supported; use "
+                f"backward, torch.func.vjp or {self.__name__}.reference"
+            )
+        if not torch._C._are_functorch_transforms_active():
+            return
+        functorch = torch._C._functorch
+        for x in tensors:
+            while functorch.is_functorch_wrapped_tensor(x):
+                if functorch.is_batchedtensor(x):
+                    raise NotImplementedError(
+                        f"{self.__name__}: torch.vmap over this op is not supported; it has a batch axis of its own: "
+                        "fold the mapped axis into B"
+                    )
+                x = functorch.get_unwrapped(x)
+
+    def __repr__(self) -> str:
+        return f"<flagen op {op_text.short_call(self.spec)}, backend {self.backend!r}>"
+
+    def __str__(self) -> str:
+        return f"{op_text.short_call(self.spec)} -> (o, final_state)\n\n{self.spec}"
+
+    def __copy__(self) -> Op:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Op:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Op], tuple[Any, ...]]:
+        if self._origin is None:
+            raise TypeError(f"{self.__name__}: only an op made by flagen.compile can be pickled")
+        return self._origin
+
+
+class _Attention(torch.autograd.Function):
+    """The forward operator with its gradient. Arguments: the op, (scalars, scale, want_final), cu_seqlens, the number
+    of inputs, the inputs, the initial state. Outputs: o, the final state, and what backward reads.
+    """
+
+    @staticmethod
+    def forward(
+        op: Op, settings: tuple[tuple[float, ...], float, bool], cu_seqlens: Tensor | None, count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        scalars, scale, want_final = settings
+        o, final, saved = op._operators.forward(
+            tensors[:count], tensors[count:], cu_seqlens, scalars, scale, want_final, True
+        )
+        return o, *final, *saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        op, settings, cu_seqlens, count, *tensors = inputs
+        normalized = op._checks.parts == 2
+        ends = 1 + (op._checks.parts if settings[2] else 0)
+        # the initial state is read for its form alone, where it gets a gradient
+        need_initial = any(ctx.needs_input_grad[4 + count :])
+        initial = tensors[count:] if need_initial else ()
+        ctx.op, ctx.settings, ctx.count, ctx.states = op, settings, count, len(initial)
+        ctx.initial_count = len(tensors) - count
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[ends:])
+        ctx.save_for_backward(cu_seqlens, output[0] if normalized else None, *tensors[:count], *initial, *output[ends:])
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+        op, (scalars, scale, want_final), count = ctx.op, ctx.settings, ctx.count
+        cu_seqlens, o, *saved = ctx.saved_tensors
+        inputs, initial, saved = saved[:count], saved[count : count + ctx.states], saved[count + ctx.states :]
+        d_state = rest[0] if want_final else None
+        d_sums = rest[1] if want_final and op._checks.parts == 2 else None
+        needs = ctx.needs_input_grad[4 : 4 + count]
+        found = op._operators.backward(
+            d_o, d_state, d_sums, o, saved, inputs, initial, cu_seqlens, scalars, scale, needs, ctx.states > 0
+        )
+        grads, at = [], 0
+        for need in needs:
+            grads.append(found[at] if need else None)
+            at += need
+        d_initial = found[at:] if ctx.states else [None] * ctx.initial_count
+        return None, None, None, None, *grads, *d_initial
+
+
+# apply binds its arguments by this signature: with it at hand, a third of the time of a call
+_Attention.forward.__signature__ = inspect.signature(_Attention.forward)
+
+
+def _recorded(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a derivative may be asked for."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _cast_by_autocast(spec: Spec) -> tuple[bool, ...]:
+    gates = {one for role, expr in spec.roles if role in ("log_decay", "phase", "bonus") for one in expr.inputs}
+    return tuple(one not in gates for one in spec.inputs)
+
+
+def _triton_devices(backend: str) -> frozenset[str]:
+    """The types of device on which the Triton kernels run: the CPU too, where Triton interprets them."""
+    if backend == "torch":
+        return frozenset()
+    return frozenset(("cuda", "cpu") if _interpreted() else ("cuda",))
+
+
+def _interpreted() -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1, or is not yet and would be."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    try:
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpretedFunction
+    except ImportError:
+        return False
+    return isinstance(tl.cdiv, InterpretedFunction)
+
+
+def _described(run: Callable[..., Any], name: str, signature: inspect.Signature, doc: str) -> Callable[..., Any]:
+    """`run` as a function with a name, a signature and documentation of its own."""
+
+    def function(*tensors: Any, **named: Any) -> Any:
+        return run(*tensors, **named)
+
+    function.__name__ = function.__qualname__ = name
+    function.__signature__ = signature
+    function.__doc__ = doc
+    return function

@@ -1,0 +1,148 @@
+"""The signature and the documentation of an op, written from its spec."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+from .checks import MAX_CHANNELS, max_key
+from .expr import to_text
+from .op_faults import symbols
+
+if TYPE_CHECKING:
+    from .expr import Input
+    from .spec import Spec
+
+_EMPTY = inspect.Parameter.empty
+BARE = {
+    "query": "the query",
+    "key": "the key",
+    "value": "the value",
+    "log_decay": "natural log of the decay per step, <= 0",
+    "phase": "angle of the decay per step, in radians",
+    "bonus": "weight of the current token",
+}
+
+
+def call_signature(spec: Spec) -> inspect.Signature:
+    """Of the op and of its reference."""
+    options = {"scale": None, "initial_state": None, "output_final_state": False, "cu_seqlens": None}
+    return _signature(
+        spec, options, "tuple[Tensor, Tensor | None]" if not _pair(spec) else "tuple[Tensor, tuple | None]"
+    )
+
+
+def step_signature(spec: Spec) -> inspect.Signature:
+    """Of the op's step."""
+    return _signature(spec, {"state": _EMPTY, "scale": None}, "Tensor")
+
+
+def _signature(spec: Spec, options: dict[str, object], result: str) -> inspect.Signature:
+    parameter = inspect.Parameter
+    kinds = {
+        "scale": "float | None",
+        "output_final_state": "bool",
+        "cu_seqlens": "Tensor | None",
+        "initial_state": "tuple[Tensor, Tensor] | None" if _pair(spec) else "Tensor | None",
+        "state": "tuple[Tensor, Tensor]" if _pair(spec) else "Tensor",
+    }
+    tensors = [parameter(one.name, parameter.POSITIONAL_OR_KEYWORD, annotation="Tensor") for one in spec.inputs]
+    scalars = [parameter(one.name, parameter.KEYWORD_ONLY, annotation="float") for one in spec.scalars]
+    rest = [
+        parameter(name, parameter.KEYWORD_ONLY, default=default, annotation=kinds[name])
+        for name, default in options.items()
+    ]
+    return inspect.Signature(tensors + scalars + rest, return_annotation=result)
+
+
+def short_call(spec: Spec) -> str:
+    """The op's call in a line, without annotations: "gla(q, k, v, g, *, scale=None, ...)"."""
+    names = [one.name for one in spec.inputs]
+    options = ["scale=None", "initial_state=None", "output_final_state=False", "cu_seqlens=None"]
+    return f"{spec.name}({', '.join([*names, '*', *(one.name for one in spec.scalars), *options])})"
+
+
+def call_doc(spec: Spec) -> str:
+    """The docstring of the op."""
+    equations = "\n".join(f"    {line}" for line in spec.equations)
+    scale = "K ** -0.5" if spec.scale is None else f"{spec.scale:g}"
+    lines = [
+        f"{short_call(spec)} -> (o, final_state)",
+        "",
+        equations,
+        "",
+        "Tensors are float16, bfloat16 or float32, mixed at will (float64 where PyTorch runs it, not Triton), on one",
+        "device, of any strides. H is the largest number of heads; a tensor may have any divisor of it. K is at most",
+        f"{max_key(spec)}, V {MAX_CHANNELS}.",
+        "",
+        *(f"{one.name}: {symbols(one.axes)}{_bounds(one)}, {_meaning(spec, one)}." for one in spec.inputs),
+        *(f"{one.name}: a number, required." for one in spec.scalars),
+        f"scale: a number that multiplies the query; None: {scale}.",
+        f"initial_state: {_state(spec)}. None: zero.",
+        "output_final_state: whether to return the state after the last token, in the same form, or None.",
+        "cu_seqlens: [N + 1] int32, the bounds of N sequences that lie one after the other in one row, B = 1; they",
+        "    rise from 0 to at most T, and rows past the last give zero. None: every row is a sequence, N = B.",
+    ]
+    if any("b" in one.axes and "t" not in one.axes for one in spec.inputs):
+        lines.append("    Tensors with the axis B and without T then have a row per sequence.")
+    lines += [
+        "",
+        f"Returns o [B, T, H, V], in the dtype of {spec.value.inputs[0].name}, and the final state or None.",
+        "Every tensor and initial_state get a gradient, from o and from the final state, but no second derivative.",
+        "Raises ValueError and TypeError on arguments that do not fit, before anything runs.",
+    ]
+    return "\n".join(lines)
+
+
+def step_doc(spec: Spec) -> str:
+    """The docstring of the op's step."""
+    names = ", ".join([one.name for one in spec.inputs] + [f"{one.name}=..." for one in spec.scalars])
+    return "\n".join(
+        (
+            f"One token of {spec.name}: step({names}, state=S, scale=None) -> o",
+            "",
+            "Tensors as for the op, with T = 1. No gradient.",
+            f"state: {_state(spec)}, updated in place.",
+            "Returns o [B, 1, H, V].",
+        )
+    )
+
+
+def reference_doc(spec: Spec) -> str:
+    """The docstring of the op's reference."""
+    return (
+        f"{spec.name} token by token in plain PyTorch, made from the spec alone: slow; the op is judged by it.\n\n"
+        "Takes and returns what the op does; computed in fp64 if any input is, else in fp32. Gradients are autograd's."
+    )
+
+
+def _pair(spec: Spec) -> bool:
+    return spec.normalizer is not None
+
+
+def _state(spec: Spec) -> str:
+    kind = "complex64" if spec.phase is not None else "float32"
+    wide = "complex128" if spec.phase is not None else "float64"
+    if not _pair(spec):
+        form = f"[N, H, {'F' if spec.taylor else 'K'}, V] {kind}"
+    else:
+        rows = "F" if spec.taylor else "K"
+        form = f"the pair (S [N, H, {rows}, V], z [N, H, {rows}]) {kind}"
+    rows = {1: "; F = 1 + K features", 2: "; F = 1 + K + K (K + 1) / 2 features"}.get(spec.taylor, "")
+    return f"{form} ({wide} if a tensor is float64){rows}"
+
+
+def _bounds(one: Input) -> str:
+    low = "" if one.low is None else f" >= {one.low:g}"
+    return low + ("" if one.high is None else f" <= {one.high:g}")
+
+
+def _meaning(spec: Spec, one: Input) -> str:
+    """What an input is for, by the roles in which it stands."""
+    found = []
+    for role, expr in spec.roles:
+        if expr == one:
+            found.append(BARE[role])
+        elif one in expr.inputs:
+            found.append(f"in {role} = {to_text(expr)}")
+    return "; ".join(found)
