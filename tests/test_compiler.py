@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import flagen
 from flagen import cache, compiler, logs, specs
@@ -370,14 +371,15 @@ def watching(name, globals=None, *rest, **named):
         wanted.append(name)
     return original(name, globals, *rest, **named)
 builtins.__import__ = watching
+import flagen
 from flagen import compiler, specs
 from flagen.load import load
-from flagen.spec import Spec
-spec = specs.get("based")
-plan, entry = compiler.prepare(spec)
+plan, entry = compiler.prepare(specs.get("based"))
 module = load(entry)
-own = Spec.from_json(specs.get("mamba2").to_json())
-compiler.prepare(own)
+x = torch.rand(1, 5, 1, 4, requires_grad=True)
+op = flagen.compile(flagen.Spec.from_json(specs.get("mamba2").to_json()))
+o, _ = op(x, x, x, x[..., 0], x[0, 0, :, 0])
+o.sum().backward()
 print(json.dumps({
     "wanted": sorted(set(wanted)), "modules": sorted(m for m in sys.modules if m in ("flagen.derive", "flagen.render")),
     "path": str(entry.path), "file": module.__file__, "analysis": str(plan.analysis),
@@ -428,6 +430,23 @@ def test_emit_is_a_module_of_its_own():
     assert compile(text, "<emitted>", "exec")
     assert "import flagen" not in text
     assert "from flagen" not in text
+
+
+def test_a_compiled_spec_runs_forward_and_backward():
+    """Every stage as it is, on the CPU."""
+    spec = Spec("compiled_here", log_decay=logsigmoid(g) / 16, key=softplus(flagen.k))
+    op = flagen.compile(spec)
+    assert flagen.compile(spec) is op
+    assert (op.spec, op.plan) == (spec, make_plan(analyse(spec)))
+    assert Path(op.path).read_text(encoding="utf-8") == op.source
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, gates = (torch.randn(2, 70, 2, 8, generator=generator, requires_grad=True) for _ in range(4))
+    o, final = op(q, k, v, gates, output_final_state=True)
+    found = torch.autograd.grad(o.sum() + final.sum(), (q, k, v, gates))
+    expected, expected_final = op.reference(q, k, v, gates, output_final_state=True)
+    wanted = torch.autograd.grad(expected.sum() + expected_final.sum(), (q, k, v, gates))
+    for one, other in zip((o, final, *found), (expected, expected_final, *wanted), strict=True):
+        assert (one - other).norm() <= 2e-5 * other.norm()
 
 
 # --- analyses from text

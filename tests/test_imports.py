@@ -42,7 +42,7 @@ LAYERS = (
     ("triton_*",),
     ("reference",),
     ("samples", "compare"),
-    ("checks", "autograd*", "op", "op_*"),
+    ("checks", "op", "op_*"),
     ("compiler",),
     ("testing",),
     ("demo*", "cli_*"),
@@ -149,7 +149,7 @@ def outside(tree: ast.AST) -> set[str]:
 STANDARD = set(sys.stdlib_module_names)
 TORCH_MODULES = (
     "torch_*", "triton_*", "schedule*", "reference", "samples", "compare", "testing", "checks", "op", "op_*",
-    "autograd*", "demo*", "cli_*",
+    "demo*", "cli_*",
 )  # fmt: skip
 
 
