@@ -129,7 +129,14 @@ def _make(spec: Spec, chunk_size: int | None, backend: str, input_precision: str
         triton_backend=triton_backend,
         source=entry.source,
         path=None if entry.path is None else str(entry.path),
+        origin=(_again, (spec.to_json(), chunk_size, backend, input_precision)),
     )
+
+
+def _again(spec_json: str, chunk_size: int | None, backend: str, input_precision: str | None) -> Op:
+    """What pickle calls: the op that compile gives for these."""
+    spec = Spec.from_json(spec_json)
+    return compile(spec, chunk_size=chunk_size, backend=backend, input_precision=input_precision)
 
 
 def _key(spec: Spec) -> Key | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -105,8 +105,14 @@ class Op:
         if not torch.compiler.is_compiling():
             self._refuse_transforms(tensors)
         parts = self._checks.written_state(state, sizes, tensors[0].device)
+        tensors, scale = self._autocast(tensors), self._scale(scale, sizes.K)
         with torch.no_grad():
-            return self._operators.step(self._autocast(tensors), parts, scalars, self._scale(scale, sizes.K))
+            if self._checks.complex and torch.compiler.is_compiling():
+                # Inductor (torch 2.13) has no operators that mutate a complex tensor
+                o, (final,), _ = self._operators.forward(tensors, parts, None, scalars, scale, True, False)
+                parts[0].copy_(final)
+                return o
+            return self._operators.step(tensors, parts, scalars, scale)
 
     def _reference(
         self,
@@ -161,23 +167,12 @@ class Op:
         )
 
     def _refuse_transforms(self, tensors: tuple[Tensor, ...]) -> None:
-        """torch.func.grad and vjp work; vmap and forward-mode derivatives do not, and say so."""
+        """torch.func.grad and vjp work; a forward-mode derivative would be wrong. The operators refuse vmap."""
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise NotImplementedError(
                 f"{self.__name__}: forward-mode derivatives (torch.func.jvp, forward_ad) are not supported; use "
                 f"backward, torch.func.vjp or {self.__name__}.reference"
             )
-        if not torch._C._are_functorch_transforms_active():
-            return
-        functorch = torch._C._functorch
-        for x in tensors:
-            while functorch.is_functorch_wrapped_tensor(x):
-                if functorch.is_batchedtensor(x):
-                    raise NotImplementedError(
-                        f"{self.__name__}: torch.vmap over this op is not supported; it has a batch axis of its own: "
-                        "fold the mapped axis into B"
-                    )
-                x = functorch.get_unwrapped(x)
 
     def __repr__(self) -> str:
         return f"<flagen op {op_text.short_call(self.spec)}, backend {self.backend!r}>"
@@ -227,6 +222,10 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(cu_seqlens, output[0] if normalized else None, *tensors[:count], *initial, *output[ends:])
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, op: Op, *arguments: Any) -> NoReturn:
+        op._operators.no_vmap(info, in_dims)
+
+    @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
         op, (scalars, scale, want_final), count = ctx.op, ctx.settings, ctx.count
         cu_seqlens, o, *saved = ctx.saved_tensors
@@ -234,15 +233,41 @@ class _Attention(torch.autograd.Function):
         d_state = rest[0] if want_final else None
         d_sums = rest[1] if want_final and op._checks.parts == 2 else None
         needs = ctx.needs_input_grad[4 : 4 + count]
-        found = op._operators.backward(
-            d_o, d_state, d_sums, o, saved, inputs, initial, cu_seqlens, scalars, scale, needs, ctx.states > 0
-        )
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad():
+            found = op._operators.backward(
+                d_o, d_state, d_sums, o, saved, inputs, initial, cu_seqlens, scalars, scale, needs, ctx.states > 0
+            )
+        if recorded:
+            sources = (x for x in (d_o, d_state, d_sums, *inputs, *initial) if x is not None)
+            found = _Gradient.apply(op.__name__, len(found), *found, *sources)
         grads, at = [], 0
         for need in needs:
             grads.append(found[at] if need else None)
             at += need
         d_initial = found[at:] if ctx.states else [None] * ctx.initial_count
         return None, None, None, None, *grads, *d_initial
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradients, of which no gradient can be asked for: silently it would be zero. Arguments: the op's name, the
+    number of gradients, the gradients, what they depend on.
+    """
+
+    @staticmethod
+    def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            f"{ctx.name}: has no second derivative, and its gradient was differentiated (create_graph=True, nested "
+            f"torch.func.grad); for small sizes {ctx.name}.reference has all derivatives"
+        )
 
 
 # apply binds its arguments by this signature: with it at hand, a third of the time of a call

@@ -14,7 +14,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ class Operators:
         self.forward = _register(f"{name}_fwd", FORWARD, self._forward, self._fake_forward)
         self.backward = _register(f"{name}_bwd", BACKWARD, self._backward, self._fake_backward)
         self.step = _register(f"{name}_step", STEP, self._step, self._fake_step)
-        self._refuse_transforms(name)
+        for kind in ("fwd", "bwd", "step"):
+            torch.library.register_vmap(f"{NAMESPACE}::{name}_{kind}", self.no_vmap, lib=_library)
 
     def backend(self, device: torch.device) -> Any:
         """What runs on a device."""
@@ -245,17 +246,11 @@ class Operators:
             self._constants[key] = found
         return found
 
-    def _refuse_transforms(self, name: str) -> None:
-        """A second derivative and a mapped axis are errors, not wrong numbers."""
-        spec = self.analysis.spec.name
-
-        def second(context: Any, *gradients: Any) -> Any:
-            raise NotImplementedError(
-                f"{spec}: has no second derivative: its gradient was differentiated (create_graph=True, gradgradcheck, "
-                f"nested torch.func.grad); for small sizes {spec}.reference(...) has every derivative"
-            )
-
-        torch.library.register_autograd(f"{NAMESPACE}::{name}_bwd", second, lib=_library)
+    def no_vmap(self, info: Any, in_dims: Any, *arguments: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{self.checks.name}: torch.vmap over this op or its gradient is not supported (torch.func.jacrev and "
+            "hessian use it too); it has a batch axis of its own: fold the mapped axis into B"
+        )
 
 
 def _unique(name: str) -> str:

@@ -208,9 +208,11 @@ class TorchBackend:
         return sizes.batch * sizes.heads, features, sizes.value + self.normalized
 
     def _span_size(self, sizes: Sizes) -> int:
-        width = max(sizes.key * (2 if self.analysis.is_complex else 1), sizes.value, self.chunk_size)
-        chunk = max(1, sizes.batch * sizes.heads * self.chunk_size * width)
-        return self.chunk_size * max(1, SPAN_ELEMENTS // chunk)
+        # sizes may be symbolic, of which max would ask which is larger
+        largest = torch.sym_max
+        width = largest(largest(sizes.key * (2 if self.analysis.is_complex else 1), sizes.value), self.chunk_size)
+        chunk = largest(1, sizes.batch * sizes.heads * self.chunk_size * width)
+        return self.chunk_size * largest(1, SPAN_ELEMENTS // chunk)
 
     def _spans(self, sizes: Sizes, cu_seqlens: Tensor | None) -> Iterator[Span]:
         sequences = [(None, 0, sizes.time)]
