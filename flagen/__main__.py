@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     command("env", "cli_cache:env", "print versions, devices and settings, for a bug report")
     demo = command("demo", "demo:demo", "compile the shipped specs and the README's, run them, show their errors")
     demo.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    demo.add_argument("--tokens", type=_positive, metavar="T", help="the length of the sequences (default: 2048)")
+    demo.add_argument("--tokens", type=_positive, metavar="T", help="the length of the sequences (default: 4096)")
     return top
 
 

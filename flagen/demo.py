@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .op import Op
     from .testing import Report
 
-TOKENS = 2048
-SIZES = {"B": 1, "H": 2, "K": 64, "V": 32}
+TOKENS = 4096
+SIZES = {"B": 1, "H": 2, "K": 32, "V": 32}
 TAYLOR_K = 16
 
 

@@ -1,7 +1,8 @@
 """What holds for every test: which process runs it, where caches go, how many threads.
 
-Triton decides at its import whether it interprets kernels, so the suite takes two processes (`make test`). Files named
-test_interp_*.py run only with TRITON_INTERPRET=1, all others only without it. Tests marked `gpu` are skipped without CUDA.
+Triton decides at its import whether it interprets kernels, so the suite takes two processes (`make test`). Files
+named test_interp_*.py run only with TRITON_INTERPRET=1, all others only without it. Tests marked `gpu` are skipped
+without CUDA.
 """
 
 from __future__ import annotations
