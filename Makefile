@@ -26,7 +26,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	@status=0; \
 	if [ -n "$(INTERPRETED)" ]; then TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED) || status=$$?; fi; \
-	$(PYTEST) || { code=$$?; [ $$status -ne 0 ] || status=$$code; }; \
+	env -u TRITON_INTERPRET $(PYTEST) || { code=$$?; [ $$status -ne 0 ] || status=$$code; }; \
 	exit $$status
 
 check: $(STAMP)
