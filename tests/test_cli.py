@@ -361,6 +361,18 @@ def test_demo(capsys):
     assert f"{len(names)} of {len(names)} specs agree" in out
 
 
+@pytest.mark.gpu
+def test_demo_and_check_on_a_gpu(capsys, monkeypatch):
+    status, out, _ = run(capsys, "demo", "--tokens", "300", "--device", "cuda")
+    assert status == 0
+    assert out.startswith("Triton kernels on ")
+    monkeypatch.setitem(cli_check.GRIDS, "cuda", SMALL)
+    (unit,) = cli_check.units([my_attention], ["bf16"], "cuda")
+    lines, healthy = cli_check.run_unit(unit)
+    assert healthy
+    assert [line for line in lines if not line.ok] == []
+
+
 def test_demo_fails_where_a_spec_differs(capsys, monkeypatch):
     real = demo.run
 
