@@ -229,7 +229,7 @@ class Checks:
             want_kind, kind = (str(one).removeprefix("torch.") for one in (dtype, x.dtype))
             remedy = (
                 f"convert it: .to(torch.{want_kind})"
-                if x.is_complex() == dtype.is_complex
+                if dtype.is_complex or not x.is_complex()
                 else "pass a state of this op"
             )
             raise ValueError(f"{self.name}: {what} must be {want_kind} with these inputs, got {kind}; {remedy}")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .spec import Spec
 
 State = Tensor | tuple[Tensor, Tensor]
+_MISSING = object()
 
 
 class Op:
@@ -73,7 +74,7 @@ class Op:
     ) -> tuple[Tensor, State | None]:
         """See this op's __doc__, which is written from its spec."""
         if named or self._scalar_names or len(tensors) != len(self._names):
-            tensors, scalars = self._bound(tensors, named, self.__signature__)
+            tensors, scalars = self._bound(tensors, named)
         else:
             scalars = ()
         sizes = self._checks.tensors(tensors, cu_seqlens)
@@ -95,10 +96,9 @@ class Op:
             return o, None
         return o, final[0] if self._checks.parts == 1 else (final[0], final[1])
 
-    def _step(self, *tensors: Tensor, scale: float | None = None, **named: Any) -> Tensor:
-        state = named.pop("state", None)
-        if named or self._scalar_names or len(tensors) != len(self._names):
-            tensors, scalars = self._bound(tensors, named, self.step.__signature__, state=state)
+    def _step(self, *tensors: Tensor, state: Any = _MISSING, scale: float | None = None, **named: Any) -> Tensor:
+        if named or self._scalar_names or len(tensors) != len(self._names) or state is _MISSING:
+            tensors, scalars = self._bound(tensors, named, step=True, state=state)
         else:
             scalars = ()
         sizes = self._checks.tensors(tensors, None, step=True)
@@ -123,9 +123,14 @@ class Op:
         cu_seqlens: Tensor | None = None,
         **named: Any,
     ) -> tuple[Tensor, State | None]:
-        tensors, scalars = self._bound(tensors, named, self.__signature__)
+        tensors, scalars = self._bound(tensors, named)
+        checks = Checks(self.analysis)
+        sizes = checks.tensors(tensors, cu_seqlens)
+        checks.state("initial_state", initial_state, sizes, tensors[0].device)
+        if cu_seqlens is not None:
+            checks.bounds(cu_seqlens, sizes.T)
         if scale is not None:
-            scale = self._checks.scale(scale)
+            scale = checks.scale(scale)
         return reference.run(
             self.spec,
             tensors,
@@ -137,16 +142,23 @@ class Op:
         )
 
     def _bound(
-        self, tensors: tuple[Tensor, ...], named: dict[str, Any], signature: inspect.Signature, **others: Any
+        self, tensors: tuple[Tensor, ...], named: dict[str, Any], step: bool = False, state: Any = None
     ) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
         """The tensors and the scalars of a call. What is missing or unknown is a TypeError, as of any function."""
         keywords = self._names[len(tensors) :]
         wanted = (*keywords, *self._scalar_names)
-        if len(tensors) > len(self._names) or len(named) != len(wanted) or any(name not in named for name in wanted):
+        wrong = (
+            len(tensors) > len(self._names) or len(named) != len(wanted) or any(name not in named for name in wanted)
+        )
+        if wrong or state is _MISSING:
+            name, call, signature = self.__name__, op_text.short_call(self.spec), self.__signature__
+            if step:
+                name, call, signature = f"{name}.step", op_text.short_step(self.spec), self.step.__signature__
+                named = named if state is _MISSING else {**named, "state": state}
             try:
-                signature.bind(*tensors, **named, **others)
+                signature.bind(*tensors, **named)
             except TypeError as error:
-                raise TypeError(f"{self.__name__}: {error}; it is called as {op_text.short_call(self.spec)}") from None
+                raise TypeError(f"{name}: {error}; it is called as {call}") from None
         tensors = (*tensors, *(named[name] for name in keywords))
         return tensors, self._checks.scalars([named[name] for name in self._scalar_names])
 

@@ -37,8 +37,11 @@ def refuse(
     size = {axis: counts.most_common(1)[0][0] for axis, counts in found.items()}
     packed = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1
     size["n"] = cu_seqlens.shape[0] - 1 if packed else size.get("b", 1)
-    if "h" in found:
-        size["h"] = max(found["h"])
+    # heads are counted where they are surely heads: a tensor may have heads first
+    sure = [(axes, x.shape) for _, axes, x in named if x.dim() == len(axes) and "h" in axes]
+    sure = [one for one in sure if "t" not in one[0] or one[1][one[0].index("t")] == size["t"]] or sure
+    if sure:
+        size["h"] = max(shape[axes.index("h")] for axes, shape in sure)
     for one, axes, x in named:
         _check_shape(name, one, axes, tuple(x.shape), size)
     for one, axes, x in named:
@@ -54,9 +57,12 @@ def _check_kind(name: str, declared: Sequence[Input], one: Input, x: Any) -> Non
             f"tensors are {', '.join(one.name for one in declared)}, in this order"
         )
     if x.dtype not in FLOATS:
+        remedy = f"convert it: {one.name}.float()"
+        if x.is_complex():
+            remedy = "only the state can be complex: give the angle of a decay as the phase of a spec"
         raise ValueError(
             f"{name}: {one.name} must be float16, bfloat16, float32 or float64, got "
-            f"{str(x.dtype).removeprefix('torch.')}; convert it: {one.name}.float()"
+            f"{str(x.dtype).removeprefix('torch.')}; {remedy}"
         )
 
 
@@ -64,7 +70,9 @@ def _check_shape(name: str, one: Input, axes: str, shape: tuple[int, ...], size:
     known = all(axis in size for axis in axes)
     want = tuple(size.get(axis, 1) for axis in axes)
     if len(shape) == len(axes):
-        want = tuple(n if axis == "h" else m for axis, n, m in zip(axes, shape, want, strict=True))
+        pairs = zip(axes, shape, want, strict=True)
+        # any divisor of H will do; other counts have a message of their own
+        want = tuple(n if axis == "h" and not (n and n > m) else m for axis, n, m in pairs)
     if shape == want:
         return
     form = symbols(axes) + (f" = {want}" if known else "")
@@ -96,7 +104,7 @@ def _remedy(one: Input, axes: str, shape: tuple[int, ...], want: tuple[int, ...]
         if axes.startswith("bth") and shape == (want[0], shape[1], shape[2], *want[3:]) and shape[2] == want[1]:
             return f"The sequence comes before the heads: {one.name}.transpose(1, 2)."
         wrong = [SIZES[axis] for axis, n, m in zip(axes, shape, want, strict=True) if n != m]
-        hint = " With cu_seqlens there is a row per sequence." if wrong == ["N"] else ""
+        hint = " N is B, or the number of sequences of cu_seqlens." if wrong == ["N"] else ""
         return f"{declared}; its {' and '.join(wrong)} differ{'s' * (len(wrong) == 1)} from the others'.{hint}"
     if len(shape) == len(axes) - 1 and axes[-1] in "kv":
         return (

@@ -62,18 +62,24 @@ def short_call(spec: Spec) -> str:
     return f"{spec.name}({', '.join([*names, '*', *(one.name for one in spec.scalars), *options])})"
 
 
+def short_step(spec: Spec) -> str:
+    """The call of the op's step in a line."""
+    names = [one.name for one in spec.inputs]
+    return f"{spec.name}.step({', '.join([*names, '*', *(one.name for one in spec.scalars), 'state', 'scale=None'])})"
+
+
 def call_doc(spec: Spec) -> str:
     """The docstring of the op."""
     equations = "\n".join(f"    {line}" for line in spec.equations)
     scale = "K ** -0.5" if spec.scale is None else f"{spec.scale:g}"
     lines = [
-        f"{short_call(spec)} -> (o, final_state)",
+        short_call(spec),
         "",
         equations,
         "",
         "Tensors are float16, bfloat16 or float32, mixed at will (float64 where PyTorch runs it, not Triton), on one",
-        "device, of any strides. H is the largest number of heads; a tensor may have any divisor of it. K is at most",
-        f"{max_key(spec)}, V {MAX_CHANNELS}.",
+        "device, of any strides. H is the largest number of heads; a tensor may have any divisor of it.",
+        f"K is at most {max_key(spec)}, V {MAX_CHANNELS}.",
         "",
         *(f"{one.name}: {symbols(one.axes)}{_bounds(one)}, {_meaning(spec, one)}." for one in spec.inputs),
         *(f"{one.name}: a number, required." for one in spec.scalars),
@@ -96,12 +102,11 @@ def call_doc(spec: Spec) -> str:
 
 def step_doc(spec: Spec) -> str:
     """The docstring of the op's step."""
-    names = ", ".join([one.name for one in spec.inputs] + [f"{one.name}=..." for one in spec.scalars])
     return "\n".join(
         (
-            f"One token of {spec.name}: step({names}, state=S, scale=None) -> o",
+            f"{short_step(spec)} -> o",
             "",
-            "Tensors as for the op, with T = 1. No gradient.",
+            f"One token of {spec.name}. Tensors as for the op, with T = 1. No gradient.",
             f"state: {_state(spec)}, updated in place.",
             "Returns o [B, 1, H, V].",
         )
