@@ -83,8 +83,8 @@ class Op:
         scale = self._scale(scale, sizes.K)
         state = self._checks.state("initial_state", initial_state, sizes, tensors[0].device)
         tensors = self._autocast(tensors)
-        if cu_seqlens is not None and cu_seqlens.dtype is not torch.int32:
-            cu_seqlens = cu_seqlens.to(torch.int32)
+        if cu_seqlens is not None and not (cu_seqlens.dtype is torch.int32 and cu_seqlens.is_contiguous()):
+            cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
         want_final = bool(output_final_state)
         if _recorded((*tensors, *state)):
             settings = (scalars, scale, want_final)

@@ -107,7 +107,7 @@ class Operators:
                 tuple(inputs),
                 self._constants_of(inputs, scalars),
                 scale,
-                tuple(initial_state),
+                tuple(x.contiguous() for x in initial_state),
                 cu_seqlens,
                 want_final,
                 save,
@@ -136,7 +136,7 @@ class Operators:
         with _no_autocast(device):
             d_inputs, d_initial = self.backend(device).backward(
                 d_o,
-                () if d_state is None and d_sums is None else d_final,
+                d_final,
                 o,
                 tuple(saved),
                 tuple(inputs),
@@ -229,7 +229,7 @@ class Operators:
         return states
 
     def _constants_of(self, inputs: Sequence[Tensor], scalars: Sequence[float]) -> tuple[Tensor, ...]:
-        """A tensor [H] for each of the analysis' constants: fp64 on a CPU, fp32 elsewhere."""
+        """A tensor [H] for each of the analysis' constants: fp64 for PyTorch on a CPU, fp32 elsewhere."""
         if not self.analysis.constants and not self.analysis.scalars:
             return ()
         device, heads = inputs[0].device, self._sizes(inputs)[2]
@@ -237,7 +237,8 @@ class Operators:
         found = self._constants.get(key)
         if found is None:
             values = self.checks.constants(scalars, heads)
-            dtype = torch.float64 if device.type == "cpu" else torch.float32
+            wide = device.type == "cpu" and device.type not in self.checks.triton
+            dtype = torch.float64 if wide else torch.float32
             # kept for calls in every mode
             with torch.inference_mode(False):
                 found = tuple(torch.tensor(value, dtype=dtype, device=device) for value in values)

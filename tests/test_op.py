@@ -203,6 +203,7 @@ def test_sequences():
     state = torch.randn(3, 2, 6, 5)
     o, final = op(*x, cu_seqlens=bounds, initial_state=state, output_final_state=True)
     assert torch.equal(o, op(*x, cu_seqlens=bounds.int(), initial_state=state)[0])
+    assert torch.equal(o, op(*x, cu_seqlens=bounds.int().repeat_interleave(2)[::2], initial_state=state)[0])
     assert not o[:, 30:].any()
     assert torch.equal(final[1], state[1])
     first, end = op(*(y[:, :10] for y in x), initial_state=state[:1], output_final_state=True)
