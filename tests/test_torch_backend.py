@@ -5,84 +5,18 @@ decode.
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import torch
+from cases import ALL, SPANS, constants_of, error, expected, extreme, gk, gs, gv, make, make_states, th, u
 
-from flagen import reference, specs
+from flagen import specs
 from flagen import torch_backend as module
 from flagen.analysis import analyse
-from flagen.expr import (
-    Input,
-    Scalar,
-    elu,
-    exp,
-    head,
-    heads,
-    k,
-    log,
-    logsigmoid,
-    maximum,
-    q,
-    sigmoid,
-    silu,
-    softplus,
-    tanh,
-    v,
-)
-from flagen.expr import abs as absolute
-from flagen.functions import evaluate_host
-from flagen.spec import Spec, SpecWarning, taylor
+from flagen.expr import Input, log, maximum
+from flagen.spec import Spec
 from flagen.torch_backend import TorchBackend
-from flagen.torch_taylor import count
 
-SCALARS = {"layer": 1.0, "layers": 4.0}
-SPANS = [0, 70, 70, 103, 140]  # an empty sequence, and tokens past the last
-
-gs, dt, gb = Input("gs", "b t h"), Input("dt", "b t h"), Input("gb", "b h")
-gk, gv, gbk = Input("gk", "b t h k"), Input("gv", "b t h v"), Input("gbk", "b h k")
-wk, wv, u, ut = Input("wk", "h k"), Input("wv", "h v"), Input("u", "h k"), Input("ut", "b t h k")
-th, ths, layer = Input("th", "b t h k"), Input("ths", "b t h"), Scalar("layer")
-
-
-def _combinations() -> list[Spec]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SpecWarning)
-        return [
-            Spec("plain"),
-            Spec("number", log_decay=-0.05),
-            Spec("scalar", log_decay=-(head + 1) / heads * 0.1 * layer * sigmoid(gs)),
-            Spec("scalar_u", log_decay=logsigmoid(gs), bonus=ut),
-            Spec("row", log_decay=logsigmoid(gb)),
-            Spec("row_key", log_decay=logsigmoid(gbk)),
-            Spec("fixed_key", log_decay=-exp(wk)),
-            Spec("fixed_value", log_decay=-exp(wv)),
-            Spec("value_decay", log_decay=logsigmoid(gv) / 4),
-            Spec("value_u", log_decay=logsigmoid(gv), bonus=u, key=softplus(k)),
-            Spec("key_u_norm", log_decay=logsigmoid(gk) / 4, bonus=u, normalize=True, feature_map=lambda x: elu(x) + 1),
-            Spec("norm_max", log_decay=logsigmoid(gs), normalize=lambda n: maximum(absolute(n), 1)),
-            Spec("taylor_1", log_decay=logsigmoid(gs), feature_map=taylor(1)),
-            Spec("taylor_2", log_decay=logsigmoid(gs), feature_map=taylor(2)),
-            Spec("taylor_2_row", log_decay=logsigmoid(gb), feature_map=taylor(2), normalize=True),
-            Spec("taylor_2_value", log_decay=logsigmoid(gv), feature_map=taylor(2)),
-            Spec("phase_only", phase=ths),
-            Spec("phase_scalar_u", log_decay=logsigmoid(gs), phase=th, bonus=u),
-            Spec("phase_fixed", log_decay=log(1 - 2 ** (-5 - head)), phase=wk * 2),
-            Spec("phase_key_u", log_decay=logsigmoid(gk), phase=tanh(th) * 3, bonus=ut),
-            Spec(
-                "shared",
-                query=q * sigmoid(gs),
-                key=k * exp(-softplus(gs)),
-                value=v * gs,
-                log_decay=logsigmoid(gs) * (1 + head) / heads,
-            ),
-            Spec("gated_value", value=v * silu(gv), log_decay=logsigmoid(gk)),
-        ]
-
-
-SHIPPED = [specs.get(name) for name in specs.names()]
-ALL = SHIPPED + _combinations()
 EVERY = pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
 
 
@@ -90,62 +24,6 @@ EVERY = pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
 def _small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spans of a few chunks only, so that short sequences have several."""
     monkeypatch.setattr(module, "SPAN_ELEMENTS", 1 << 14)
-
-
-def make(spec, batch, time, heads_, key, value, *, sequences=None, groups=None, dtype=torch.float64, seed=0):
-    """Inputs by the names that the specs of this file and the shipped ones use: those of decays are made <= 0."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for one in spec.inputs:
-        sizes = {"b": batch, "t": time, "h": (groups or {}).get(one.name, heads_), "k": key, "v": value}
-        if "t" not in one.axes and sequences is not None:
-            sizes["b"] = sequences
-        x = torch.randn([sizes[axis] for axis in one.axes], generator=generator, dtype=torch.float64)
-        if one.name in ("g", "w"):
-            x = -x.abs()
-        if one.name == "dt":
-            x = x.abs() * 0.3
-        found.append(x.to(dtype))
-    return tuple(found)
-
-
-def make_states(spec, rows, heads_, key, value, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    features = count(key, spec.taylor) if spec.taylor else key
-    kind = torch.complex128 if spec.phase is not None else torch.float64
-    state = torch.randn(rows, heads_, features, value, generator=generator, dtype=kind)
-    if spec.normalizer is None:
-        return (state,)
-    return state, torch.rand(rows, heads_, features, generator=generator, dtype=torch.float64)
-
-
-def constants_of(analysis, heads_):
-    return tuple(
-        torch.tensor(evaluate_host(expr, SCALARS, heads_), dtype=torch.float64) for _, expr in analysis.constants
-    )
-
-
-def expected(spec, inputs, scale, initial, cu_seqlens, do_seed=2):
-    """The reference's output, states, random gradients of them and the gradients that autograd finds."""
-    inputs = tuple(x.double().clone().requires_grad_() for x in inputs)
-    initial = tuple(x.clone().requires_grad_() for x in initial)
-    state = (initial if spec.normalizer is not None else initial[0]) if initial else None
-    options = {"scale": scale, "initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
-    o, final = reference.run(spec, inputs, scalars=SCALARS, **options)
-    final = final if spec.normalizer is not None else (final,)
-    generator = torch.Generator().manual_seed(do_seed)
-    do = torch.randn(o.shape, generator=generator, dtype=o.dtype)
-    dfinal = tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in final)
-    loss = (o * do).sum() + sum((x * dx.conj()).real.sum() for x, dx in zip(final, dfinal, strict=True))
-    gradients = torch.autograd.grad(loss, (*inputs, *initial))
-    return o.detach(), tuple(x.detach() for x in final), do, dfinal, gradients
-
-
-def error(got, want):
-    """Relative RMS."""
-    return float(
-        (got.to(want.dtype) - want).abs().square().mean().sqrt() / (want.abs().square().mean().sqrt() + 1e-300)
-    )
 
 
 def check(
@@ -221,15 +99,6 @@ def test_heads_that_share_an_input(spec):
     check(spec, 2, 40, 6, 4, 5, chunk=8, groups=groups)
 
 
-def _extreme(shape, generator):
-    """Log decays from 0 to -3, with 0, -30, -100 and -inf among them."""
-    values = -(torch.rand(shape, generator=generator, dtype=torch.float64) ** 2) * 3
-    kind = torch.rand(shape, generator=generator)
-    for value, low, high in ((-100.0, 0, 0.1), (-math.inf, 0.1, 0.2), (0.0, 0.2, 0.4), (-30.0, 0.4, 0.45)):
-        values[(kind >= low) & (kind < high)] = value
-    return values
-
-
 @pytest.mark.parametrize("dtype,limit", [(torch.float64, 1e-10), (torch.float32, 5e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("chunk", [None, 16])
 @pytest.mark.parametrize("decay", ["gs", "gk", "gv", "gs u", "gk u", "gv u", "gs u phase", "gk phase"])
@@ -240,7 +109,7 @@ def test_decays_from_zero_to_minus_infinity(decay, chunk, dtype, limit):
     generator = torch.Generator().manual_seed(3)
     inputs = list(make(spec, 1, 100, 2, 16, 12))
     where = spec.inputs.index(gate)
-    inputs[where] = _extreme(inputs[where].shape, generator)
+    inputs[where] = extreme(inputs[where].shape, generator)
     _, gradients = check(spec, 1, 100, 2, 16, 12, chunk=chunk, inputs=inputs, limit=limit, dtype=dtype, start=False)
     assert all(x.isfinite().all() for x in gradients)
     assert not gradients[where][inputs[where] == -math.inf].any()

@@ -1,4 +1,4 @@
-"""Compiles kernels for a GPU without one: the launchers run on meta tensors, and every launch compiles and launches nothing."""
+"""Compiles kernels for a GPU without one: launchers run on meta tensors, and a launch compiles and launches nothing."""
 
 from __future__ import annotations
 
