@@ -93,6 +93,10 @@ class Gradient:
     def name(self) -> str:
         return self.tensor.name
 
+    def terms_over(self, channel: str) -> tuple[tuple[str, str, bool], ...]:
+        """The terms whose blocks have key or value channels."""
+        return tuple(term for term in self.terms if (term[0] == "value") == (channel == "v"))
+
     @property
     def partial(self) -> bool:
         """Whether blocks of V each hold a part of it."""
@@ -167,9 +171,19 @@ class Plan:
         return bool(self.channel_decay)
 
     @property
+    def intra(self) -> bool:
+        """Whether the pairs inside chunks have kernels of their own: with a decay per key channel they cost more than all the rest."""
+        return self.decay == "key" and not self.complex
+
+    @property
     def row_decay(self) -> bool:
         """Whether a chunk's decay is one number a token."""
         return self.decay in ("constant", "scalar")
+
+    @property
+    def late_read(self) -> bool:
+        """Whether decay or scale multiply what a row has read from the state, beside the query."""
+        return self.decay != "key" and not (self.taylor and self.decay == "none")
 
     @property
     def exclusive(self) -> bool:
@@ -263,7 +277,11 @@ class Plan:
         if expr is None:
             return None
         channel, time = self._role_block(name)
-        identity = block_name(expr.name) if isinstance(expr, Input) and "t" in expr.axes and (not channel or channel in expr.axes) else ""
+        identity = (
+            block_name(expr.name)
+            if isinstance(expr, Input) and "t" in expr.axes and (not channel or channel in expr.axes)
+            else ""
+        )
         text = triton_text(expr, {leaf: block_text(leaf, time, channel) for leaf in leaves(expr)})
         return Role(name, text, identity, expr.axes, tuple(one.name for one in expr.inputs))
 
@@ -295,6 +313,18 @@ class Plan:
             gradient = f"tl.where(b_ld > DECAY_FLOOR, {gradient}, 0.0)"
         return role, gradient, bool(channel) and not tensor.channel
 
+    def gradients_after(self, stage: str) -> tuple[Gradient, ...]:
+        """The gradients that are whole once the role `stage` has its own: kernels store them there. What needs the decay's or the
+        angle's gradient comes last, and a bonus has its own before the query."""
+        order = {"bonus": 0, "query": 0, "key": 1, "value": 2, "log_decay": 3, "phase": 3}
+        found = []
+        for x in self.gradients:
+            # pairs inside chunks have given a bonus its gradient already
+            terms = tuple(term for term in x.terms if not (self.intra and term[0] == "bonus"))
+            if terms and max(order[role] for role, _, _ in terms) == order[stage]:
+                found.append(Gradient(x.tensor, terms))
+        return tuple(found)
+
     @cached_property
     def fixed_gradients(self) -> tuple[Gradient, ...]:
         """Those of inputs without a time axis, which a program sums over its tokens."""
@@ -305,6 +335,10 @@ class Plan:
         role = {"decay": "log_decay"}.get(role, role)
         marks = [f"needs[{i}]" for i, x in enumerate(self.gradients) if any(name == role for name, _, _ in x.terms)]
         return f"any(({', '.join(marks)},))" if marks else "False"
+
+    @property
+    def chunk_sums(self) -> str:
+        return ", ".join("None" if x.tensor.time else f"e{x.name}" for x in self.gradients)
 
     @property
     def gradient_names(self) -> str:
@@ -324,6 +358,11 @@ class Plan:
     def adjoint_tensors(self) -> tuple[TensorArg, ...]:
         """What the adjoint's update needs: no key, no value."""
         return self.tensors_of("query", "log_decay", "phase")
+
+    @cached_property
+    def intra_tensors(self) -> tuple[TensorArg, ...]:
+        """What the weights of the pairs inside a chunk need."""
+        return self.tensors_of("query", "key", "log_decay", "bonus")
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -369,7 +408,7 @@ def make_plan(analysis: Analysis) -> Plan:
 
 # blocks that kernels make themselves; an input of such a name gets another block
 OWN_BLOCKS = frozenset(
-    "query key value ld turn angle h hi hr z dh dhi dhr dz A dA D s c ct n dn o do dod d dd ds own fk fq kd qd vd en ek eq cn sn "
+    "query key value ld turn angle h hi hr z sh shi sz er dnd dh dhi dhr dz A dA D s c ct n dn o do dod d dd ds own fk fq kd qd vd en ek eq cn sn "
     "ck sk cr sr cl sl qc qs kc ks x xl xq xk xqi xki y yl yqi yki all weight first second k1 k2 q1 q2 tree gt at dquery dkey "
     "dvalue dlog_decay dphase dbonus dfq dfk dvi dqr dqi dkr dki dqc dqs dkc dks sum part pick picked".split()
 )

@@ -55,6 +55,8 @@ class Schedule:
 
     fwd: Tile
     bwd: Tile
+    intra: Tile
+    bwd_intra: Tile
     step: Tile
     BK: int
     BF: int
@@ -125,6 +127,8 @@ def schedule(
     return Schedule(
         fwd=fwd,
         bwd=bwd,
+        intra=Tile(BT, 64, 4, 2),
+        bwd_intra=Tile(BT, 32, 4, 1),
         step=Tile(1, max(16, min(BV, 4096 // BF)), 4, 1),
         BK=BK,
         BF=BF,

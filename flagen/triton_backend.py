@@ -93,12 +93,16 @@ class TritonBackend:
         extra = (o, saved[2], saved[1]) if self.normalized else ()
         plan = self.schedule(prepared, sizes)
         with torch.cuda.device_of(o):
-            found, *d_initial = self.module.bwd(
+            found, sums, *d_initial = self.module.bwd(
                 *prepared, *constants, do, saved[0], *extra, *end, cu_seqlens, scale, plan, needs, initial=need_initial
             )
         grads = tuple(
             None if d is None else self._reduced(d, x, one.axes, sizes, cu_seqlens, plan.bwd_L)
             for d, x, one in zip(found, inputs, self.plan.inputs, strict=True)
+        )
+        grads = tuple(
+            d if e is None else d + self._reduced(e, x, one.axes, sizes, cu_seqlens, plan.bwd_intra.BT)
+            for d, e, x, one in zip(grads, sums, inputs, self.plan.inputs, strict=True)
         )
         if not need_initial:
             return grads, ()
@@ -136,7 +140,9 @@ class TritonBackend:
         """The launch-time constants of a call."""
         decay = self.plan.log_decay
         exact = bool(decay and decay.identity) and any(
-            x.dtype == torch.bfloat16 for x, one in zip(inputs, self.plan.inputs, strict=True) if one.name in decay.inputs
+            x.dtype == torch.bfloat16
+            for x, one in zip(inputs, self.plan.inputs, strict=True)
+            if one.name in decay.inputs
         )
         like = inputs[self.output]
         return self._schedule(sizes, like.dtype, like.device, exact)
@@ -200,9 +206,7 @@ class TritonBackend:
         )
         return tuple(x.contiguous() for x in self._real(tuple(x.resolve_conj() for x in ends)))
 
-    def _reduced(
-        self, d: Tensor, x: Tensor, axes: str, sizes: Shape, cu_seqlens: Tensor | None, L: int
-    ) -> Tensor:
+    def _reduced(self, d: Tensor, x: Tensor, axes: str, sizes: Shape, cu_seqlens: Tensor | None, L: int) -> Tensor:
         """A kernel's gradient [parts?, B, T, H, C?] or [parts?, pieces, H, C?] summed into the shape and dtype of the input x."""
         full = 2 + ("t" in axes) + ("k" in axes or "v" in axes)
         if d.dim() > full:
