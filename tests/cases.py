@@ -54,7 +54,13 @@ def _combinations() -> list[Spec]:
             Spec("fixed_value", log_decay=-exp(wv)),
             Spec("value_decay", log_decay=logsigmoid(gv) / 4),
             Spec("value_u", log_decay=logsigmoid(gv), bonus=u, key=softplus(k)),
-            Spec("key_u_norm", log_decay=logsigmoid(gk) / 4, bonus=u, normalize=True, feature_map=lambda x: elu(x) + 1),
+            Spec(
+                "key_u_norm",
+                log_decay=logsigmoid(gk) / 4,
+                bonus=exp(u),
+                normalize=True,
+                feature_map=lambda x: elu(x) + 1,
+            ),
             Spec("norm_max", log_decay=logsigmoid(gs), normalize=lambda n: maximum(absolute(n), 1)),
             Spec("taylor_1", log_decay=logsigmoid(gs), feature_map=taylor(1)),
             Spec("taylor_2", log_decay=logsigmoid(gs), feature_map=taylor(2)),
@@ -112,8 +118,11 @@ def constants_of(analysis, heads_):
     )
 
 
-def expected(spec, inputs, scale, initial, cu_seqlens, do_seed=2):
-    """The reference's output, states, random gradients of them and the gradients that autograd finds."""
+def expected(spec, inputs, scale, initial, cu_seqlens, do_seed=2, grad_dtype=None, with_final=True):
+    """The reference's output, states, random gradients of them and the gradients that autograd finds.
+
+    grad_dtype: what the output's gradient is rounded to; with_final: whether the final states have a gradient.
+    """
     inputs = tuple(x.double().clone().requires_grad_() for x in inputs)
     initial = tuple(x.clone().requires_grad_() for x in initial)
     state = (initial if spec.normalizer is not None else initial[0]) if initial else None
@@ -121,8 +130,8 @@ def expected(spec, inputs, scale, initial, cu_seqlens, do_seed=2):
     o, final = reference.run(spec, inputs, scalars=SCALARS, **options)
     final = final if spec.normalizer is not None else (final,)
     generator = torch.Generator().manual_seed(do_seed)
-    do = torch.randn(o.shape, generator=generator, dtype=o.dtype)
-    dfinal = tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in final)
+    do = torch.randn(o.shape, generator=generator, dtype=o.dtype).to(grad_dtype or o.dtype).to(o.dtype)
+    dfinal = tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype) * with_final for x in final)
     loss = (o * do).sum() + sum((x * dx.conj()).real.sum() for x, dx in zip(final, dfinal, strict=True))
     gradients = torch.autograd.grad(loss, (*inputs, *initial))
     return o.detach(), tuple(x.detach() for x in final), do, dfinal, gradients

@@ -1,4 +1,4 @@
-"""Repairs bf16 in Triton's interpreter (3.7.1), which keeps it as uint16: products and arithmetic take bits for integers,
+"""Repairs bf16 in Triton's interpreter (3.7.1), which keeps it as uint16: arithmetic and products take its bits,
 casts from fp32 truncate, and casts from integers keep the integer's bits. fp16 and fp32 are right without it.
 """
 

@@ -1,0 +1,49 @@
+"""16-bit inputs through the whole op, by flagen.testing.check: forward, states, every gradient and decode."""
+
+from __future__ import annotations
+
+import bf16_interpreter
+import pytest
+import torch
+from cases import ALL, SCALARS, SHIPPED
+
+import flagen
+from flagen.testing import check
+
+EVERY = pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
+SHIPPED_ONLY = pytest.mark.parametrize("spec", SHIPPED, ids=lambda spec: spec.name)
+
+
+def _check(spec, dtype, **how):
+    op = flagen.compile(spec, backend="triton", chunk_size=how.pop("chunk_size", 16))
+    sizes = {"B": 1, "T": 45, "H": 2, "K": 6 if spec.taylor else 16, "V": 20} | how
+    scalars = {one.name: SCALARS[one.name] for one in spec.scalars}
+    check(op, **sizes, dtype=dtype, device="cpu", scalars=scalars)
+
+
+@EVERY
+def test_fp16(spec):
+    _check(spec, torch.float16, gate_dtype=torch.float32)
+
+
+@SHIPPED_ONLY
+def test_fp16_gates(spec):
+    _check(spec, torch.float16, K=8, T=20, initial_state=False)
+
+
+@EVERY
+def test_bf16(spec, monkeypatch):
+    bf16_interpreter.repair(monkeypatch)
+    _check(spec, torch.bfloat16, gate_dtype=torch.float32)
+
+
+@EVERY
+def test_bf16_gates_and_packed_sequences(spec, monkeypatch):
+    bf16_interpreter.repair(monkeypatch)
+    _check(spec, torch.bfloat16, B=None, T=60, H=1, cu_seqlens=[0, 21, 21, 52], seed=1)
+
+
+@SHIPPED_ONLY
+def test_bf16_with_the_schedules_own_chunks(spec, monkeypatch):
+    bf16_interpreter.repair(monkeypatch)
+    _check(spec, torch.bfloat16, T=140, H=1, chunk_size=None)
