@@ -34,7 +34,10 @@ def render(plan: Plan) -> str:
 
 def render_standalone(plan: Plan) -> str:
     """The module together with an autograd function, a schedule and a plain function of the spec's name: a file to vendor."""
-    return _tidy(environment().get_template("standalone.py.jinja").render(plan=plan))
+    from .standalone import make_standalone
+
+    parts = make_standalone(plan, render(plan))
+    return _tidy(environment().get_template("standalone.py.jinja").render(plan=plan, parts=parts))
 
 
 def _tidy(text: str) -> str:

@@ -18,6 +18,8 @@ from flagen.schedule import Schedule
 from flagen.spec import Spec
 from flagen.triton_backend import TritonBackend
 
+FLOOR = 1e-30  # gradients below, as behind a decay of exp(-100), are as good as zero
+
 
 class _Torch:
     """torch, but for new tensors that hold NaN."""
@@ -129,9 +131,9 @@ def compare(
     for one, x, y, given_ in zip(spec.inputs, got, gradients[: len(inputs)], inputs, strict=True):
         channels = one.axes[-1] in "kv"
         limit = limit_of(dtype, kind_of(spec, one))
-        rows.append(row(f"d {one.name}", x, y, limit, dtype=given_.dtype, channels=channels))
+        rows.append(row(f"d {one.name}", x, y, limit, dtype=given_.dtype, channels=channels, floor=FLOOR))
     for i, (x, y) in enumerate(zip(got_initial, gradients[len(inputs) :], strict=True)):
-        rows.append(row(f"d initial {i}", x, y, limit_of(dtype, "gate" if i else "gradient")))
+        rows.append(row(f"d initial {i}", x, y, limit_of(dtype, "gate" if i else "gradient"), floor=FLOOR))
     check(rows)
     return out, got
 
