@@ -71,10 +71,12 @@ class Schedule:
 
 
 class Device(NamedTuple):
-    """What a schedule needs to know of a device. `shared`: bytes of shared memory that one program may have."""
+    """What a schedule needs to know of a device. `shared`: bytes of shared memory that one program may have; `precision`: how
+    products of fp32 operands are taken with the accuracy of fp32."""
 
     multiprocessors: int
     shared: int
+    precision: str = "tf32x3"
 
 
 HOPPER = Device(132, 227 * 1024)
@@ -88,7 +90,9 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return HOPPER
     found = torch.cuda.get_device_properties(device)
-    return Device(found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", HOPPER.shared))
+    shared = getattr(found, "shared_memory_per_block_optin", HOPPER.shared)
+    # Triton has no tf32x3 for AMD
+    return Device(found.multi_processor_count, shared, "ieee" if torch.version.hip else HOPPER.precision)
 
 
 def rows_of_state(plan: Plan, K: int) -> int:
@@ -137,8 +141,8 @@ def schedule(
         bwd_L=piece(shape, programs, device, LC),
         PARTS=1 if exact_decay and low else 2,
         DOT=tl.bfloat16 if low else tl.float32,
-        PRECISION=input_precision or ("tf32" if dtype == torch.float16 else "tf32x3"),
-        SUM_PRECISION="tf32x3",
+        PRECISION=input_precision or ("tf32" if dtype == torch.float16 else device.precision),
+        SUM_PRECISION=device.precision,
         checkpoint=torch.bfloat16 if low else torch.float32,
     )
 

@@ -34,6 +34,7 @@ LAYERS = (
     ("derive",),
     ("analysis",),
     ("plan", "plan_*"),
+    ("standalone",),
     ("render",),
     ("cache_key", "cache"),
     ("load",),
