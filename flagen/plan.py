@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from .analysis import Analysis
 from .expr import Call, Expr, Index, Input, Number
@@ -66,10 +67,11 @@ class TensorArg:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A role's text over the blocks b_<input>. `identity`: the input it is, if it is nothing but one with all its axes."""
+    """A role's text over the blocks b_<input>, and the same over blocks with channels as rows. `identity`: the input it is, if it is nothing but one with all its axes."""
 
     name: str
     text: str
+    turned: str
     identity: str
     axes: str
     inputs: tuple[str, ...]
@@ -80,22 +82,31 @@ class Role:
         return "t" not in self.axes
 
 
-@dataclass(frozen=True, slots=True)
-class Gradient:
-    """How a chunk's gradient of one input comes from those of the roles: `terms` are texts of its full blocks, which are
-    summed over channels (`reduced`: the terms' blocks have a channel axis that the input lacks).
+class Term(NamedTuple):
+    """What a role gives to the gradient of an input: text over blocks, and over blocks with channels as rows. `reduced`: the blocks
+    have a channel axis that the input lacks, over which they are summed.
     """
 
+    role: str
+    text: str
+    turned: str
+    reduced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """How a chunk's gradient of one input comes from those of the roles."""
+
     tensor: TensorArg
-    terms: tuple[tuple[str, str, bool], ...]  # role, text, reduced
+    terms: tuple[Term, ...]
 
     @property
     def name(self) -> str:
         return self.tensor.name
 
-    def terms_over(self, channel: str) -> tuple[tuple[str, str, bool], ...]:
+    def terms_over(self, channel: str) -> tuple[Term, ...]:
         """The terms whose blocks have key or value channels."""
-        return tuple(term for term in self.terms if (term[0] == "value") == (channel == "v"))
+        return tuple(term for term in self.terms if (term.role == "value") == (channel == "v"))
 
     @property
     def partial(self) -> bool:
@@ -283,7 +294,8 @@ class Plan:
             else ""
         )
         text = triton_text(expr, {leaf: block_text(leaf, time, channel) for leaf in leaves(expr)})
-        return Role(name, text, identity, expr.axes, tuple(one.name for one in expr.inputs))
+        turned = triton_text(expr, {leaf: block_text(leaf, time, channel, turned=True) for leaf in leaves(expr)})
+        return Role(name, text, turned, identity, expr.axes, tuple(one.name for one in expr.inputs))
 
     def _role_block(self, role: str) -> tuple[str, bool]:
         """The channel axis and whether there is a time axis of the block in which a role is evaluated."""
@@ -302,16 +314,19 @@ class Plan:
             found.append(Gradient(tensor, tuple(self._term(tensor, role, diff) for role, diff in terms)))
         return tuple(found)
 
-    def _term(self, tensor: TensorArg, role: str, diff: Expr) -> tuple[str, str, bool]:
+    def _term(self, tensor: TensorArg, role: str, diff: Expr) -> Term:
         channel, _ = self._role_block(role)
-        gradient = f"b_d{role}"
-        if diff != Number(1):
-            text = triton_text(diff, {leaf: block_text(leaf, True, channel) for leaf in leaves(diff)})
-            gradient = f"{gradient} * ({text})"
-        if role == "log_decay":
-            # where the decay is zero so is its gradient, whatever the gate's derivative is there
-            gradient = f"tl.where(b_ld > DECAY_FLOOR, {gradient}, 0.0)"
-        return role, gradient, bool(channel) and not tensor.channel
+        texts = []
+        for turned in (False, True):
+            gradient = f"b_d{role}"
+            if diff != Number(1):
+                names = {leaf: block_text(leaf, True, channel, turned=turned) for leaf in leaves(diff)}
+                gradient = f"{gradient} * ({triton_text(diff, names)})"
+            if role == "log_decay":
+                # where the decay is zero so is its gradient, whatever the gate's derivative is there
+                gradient = f"tl.where(b_ld > DECAY_FLOOR, {gradient}, 0.0)"
+            texts.append(gradient)
+        return Term(role, *texts, bool(channel) and not tensor.channel)
 
     def gradients_after(self, stage: str) -> tuple[Gradient, ...]:
         """The gradients that are whole once the role `stage` has its own: kernels store them there. What needs the decay's or the
@@ -320,8 +335,8 @@ class Plan:
         found = []
         for x in self.gradients:
             # pairs inside chunks have given a bonus its gradient already
-            terms = tuple(term for term in x.terms if not (self.intra and term[0] == "bonus"))
-            if terms and max(order[role] for role, _, _ in terms) == order[stage]:
+            terms = tuple(term for term in x.terms if not (self.intra and term.role == "bonus"))
+            if terms and max(order[term.role] for term in terms) == order[stage]:
                 found.append(Gradient(x.tensor, terms))
         return tuple(found)
 
@@ -333,7 +348,7 @@ class Plan:
     def need(self, role: str) -> str:
         """A Python expression over `needs`: whether the gradient of a role is needed for one that is asked for."""
         role = {"decay": "log_decay"}.get(role, role)
-        marks = [f"needs[{i}]" for i, x in enumerate(self.gradients) if any(name == role for name, _, _ in x.terms)]
+        marks = [f"needs[{i}]" for i, x in enumerate(self.gradients) if any(term.role == role for term in x.terms)]
         return f"any(({', '.join(marks)},))" if marks else "False"
 
     @property
@@ -423,11 +438,13 @@ def leaves(expr: Expr) -> tuple[Input, ...]:
     return tuple(dict.fromkeys(node for node in expr.walk() if isinstance(node, Input)))
 
 
-def block_text(leaf: Expr, time: bool, channel: str) -> str:
-    """The block of an input as it broadcasts in a block with or without a time and a channel axis."""
+def block_text(leaf: Expr, time: bool, channel: str, *, turned: bool = False) -> str:
+    """The block of an input as it broadcasts in a block with or without a time and a channel axis; turned: key channels are rows."""
     assert not isinstance(leaf, (Index, Call)), "indices are constants by now"
     name = block_name(leaf.name)
     has_time, has_channel = "t" in leaf.axes, "k" in leaf.axes or "v" in leaf.axes
     if not (time and channel) or (has_time and has_channel):
         return name
+    if turned and channel == "k":
+        has_time, has_channel = has_channel, has_time
     return f"{name}[:, None]" if has_time else f"{name}[None, :]" if has_channel else name
