@@ -123,22 +123,27 @@ def schedule(
     F = rows_of_state(plan, shape.K)
     BK, BF = block(shape.K, triton), block(F, triton)
     parts = 2 if plan.complex else 1
-    BV = max(16, min(block(shape.V, triton), STATE_ELEMENTS // (BF * parts)))
+    BV = value_block(block(shape.V, triton), BF * parts, STATE_ELEMENTS)
     BT = chunk_size or chunk(plan, BF, low)
     LC = max(checkpoint, BT) // BT * BT
-    fwd, bwd = tiles(plan, BT, BV, BF * BV * parts, low)
-    programs = shape.N * shape.H * -(-shape.V // BV)
+    bwd = tile(BT, BV, BF * BV * parts, 1)
+    fwd = bwd
+    if not plan.tree:
+        # half a state, and two programs at once on a multiprocessor
+        half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
+        fwd = tile(BT, half, BF * half * parts, 2 if low else 1)
+    programs = shape.N * shape.H
     return Schedule(
         fwd=fwd,
         bwd=bwd,
-        intra=Tile(BT, 64, 4, 2),
-        bwd_intra=Tile(BT, 32, 4, 1),
+        intra=Tile(BT, 64, 2, 1),
+        bwd_intra=Tile(BT, 64, 4, 1),
         step=Tile(1, max(16, min(BV, 4096 // BF)), 4, 1),
         BK=BK,
         BF=BF,
         LC=LC,
-        fwd_L=piece(shape, programs, device, LC),
-        bwd_L=piece(shape, programs, device, LC),
+        fwd_L=piece(shape, programs * -(-shape.V // fwd.BV), device, LC),
+        bwd_L=piece(shape, programs * -(-shape.V // bwd.BV), device, LC),
         PARTS=1 if exact_decay and low else 2,
         DOT=tl.bfloat16 if low else tl.float32,
         PRECISION=input_precision or ("tf32" if dtype == torch.float16 else device.precision),
@@ -158,11 +163,18 @@ def chunk(plan: Plan, BF: int, low: bool) -> int:
     return max(16, min(widest, STATE_ELEMENTS // BF))
 
 
-def tiles(plan: Plan, BT: int, BV: int, elements: int, low: bool) -> tuple[Tile, Tile]:
-    """Warps by the size of the state's block: 64 fp32 registers a thread at the most."""
-    warps = 8 if elements > STATE_ELEMENTS // 2 else 4
-    stages = 2 if low and elements <= STATE_ELEMENTS else 1
-    return Tile(BT, BV, warps, stages), Tile(BT, BV, warps, 1)
+def value_block(widest: int, rows: int, elements: int) -> int:
+    """Value channels per program, so that its block of the state has no more than `elements`."""
+    return max(16, min(widest, elements // rows))
+
+
+def tile(BT: int, BV: int, elements: int, stages: int) -> Tile:
+    """Warps by the size of the state's block: 64 fp32 registers a thread at the most.
+
+    Serial kernels of a decay per channel and all backward ones are not pipelined (stages 1): with 8 warps and chunks of 32
+    tokens Triton 3.6 gave wrong states for Hopper when they were.
+    """
+    return Tile(BT, BV, 8 if elements > STATE_ELEMENTS // 2 else 4, stages)
 
 
 def piece(shape: Shape, programs: int, device: Device, LC: int) -> int:

@@ -40,24 +40,14 @@ MAX_POWER = 16  # of a tensor: x ** n is a product in a kernel
 MAX_HOST_POWER = 1024
 
 OP_KEYWORDS = ("scale", "initial_state", "output_final_state", "cu_seqlens", "state")
-KERNEL_NAMES = (
-    "o",
-    "do",
-    "h0",
-    "ht",
-    "dh0",
-    "dht",
-    "z0",
-    "zt",
-    "dz0",
-    "dzt",
-    "bos",
-    "eos",
-    "tl",
-    "torch",
-    "triton",
-    "self",
-)
+# names that kernels, launchers and their arguments have in generated text
+_KERNEL_NAMES = """
+    o den do h h0 ht hc hs hp dh dh0 dht dhp z z0 zt zc zs zp dz dz0 dzt dzp gt at monomial bos eos tl torch
+    triton self i s t like rows chunks make common needs initial final save gradient gradients sums fwd bwd scan
+    sizes pieces monomials num_warps num_stages is_first is_last n_c n_p n_s n_t locate sum_steps sum_rows plus
+    select scatter tree_level tree_scores tree_apply tree_apply_complex
+"""
+KERNEL_NAMES = frozenset(_KERNEL_NAMES.split())
 AXES_OF = {"query": "bthk", "key": "bthk", "value": "bthv", "phase": "bthk", "bonus": "bthk"}
 
 
@@ -94,13 +84,23 @@ def check_argument_name(spec: str, name: str) -> None:
         raise SpecError(
             f"{where} is all capitals, as kernels name sizes (B, T, BT); add a lower-case letter, as in A_log"
         )
-    if re.match(r"[bpiom]_", name) or re.fullmatch(r"c[0-9]+", name) or name in KERNEL_NAMES:
+    if _is_taken(name):
         raise SpecError(
-            f"{where} is one that generated kernels use for themselves (b_*, p_*, i_*, o_*, m_*, c0, c1, ... and "
-            f"{', '.join(KERNEL_NAMES)}); choose another name"
+            f"{where} is one that generated kernels use for themselves, as they do b_*, p_*, i_*, o_*, m_*, G_*, *_sb, "
+            "*_st, *_sh, *_sp, *_kernel, c0, c1, ..., h, z, o, s and t; choose another name"
+        )
+    if _is_taken(f"d{name}") or keyword.iskeyword(f"d{name}"):
+        raise SpecError(
+            f"{where} would have the gradient d{name}, a name that generated code needs; choose another name"
         )
     if hasattr(builtins, name):
         raise SpecError(f"{where} is a built-in of Python, which generated code may need; choose another name")
+
+
+def _is_taken(name: str) -> bool:
+    """Whether generated text has the name, or names made like it."""
+    made = re.match(r"([bpiom]|G)_", name) or re.search(r"_(s[bthp]|kernel)$", name) or re.fullmatch(r"c[0-9]+", name)
+    return bool(made) or name in KERNEL_NAMES
 
 
 def check_size(where: str, expr: Expr) -> None:
@@ -292,6 +292,8 @@ def _check_names(spec: Spec) -> None:
     for name in seen:
         if f"d{name}" in seen:
             raise SpecError(f"{spec.name}: 'd{name}' would also name the gradient of {name!r}; rename one")
+        if f"e{name}" in seen:
+            raise SpecError(f"{spec.name}: 'e{name}' would also name a sum of {name!r} in generated code; rename one")
     for leaf in seen.values():
         if isinstance(leaf, Input) and not leaf.axes:
             raise SpecError(
