@@ -148,11 +148,15 @@ REFUSED = [
     (lambda: Spec("s", log_decay=Input("taylor", "h")), "a function of the language"),
     (lambda: Spec("s", log_decay=Input("yield", "h")), "keyword of Python"),
     *[(lambda n=n: Spec("s", log_decay=Input(n, "h")), "generated kernels use")
-      for n in ("b_g", "p_g", "i_t", "o_t", "m_t", "c0", "h0", "do", "tl")],
+      for n in ("b_g", "p_g", "i_t", "o_t", "m_t", "c0", "h0", "do", "tl", "h", "z", "s", "t", "at", "den", "locate",
+                "G_q", "q_sb", "x_st", "x_sh", "x_sp", "gla_fwd_kernel", "monomials", "num_warps")],
+    *[(lambda n=n: Spec("s", log_decay=Input(n, "h")), "the gradient d\\w+, a name that generated code needs")
+      for n in ("el", "ef", "en")],
     *[(lambda n=n: Spec("s", log_decay=Input(n, "h")), "all capitals") for n in ("T", "BT", "USE_G", "A2")],
     (lambda: Spec("s", log_decay=Input("_g", "h")), "begins or ends with _"),
     (lambda: Spec("s", log_decay=Input("len", "h")), "built-in of Python"),
     (lambda: Spec("s", log_decay=g * Input("dg", "h")), "the gradient of 'g'"),
+    (lambda: Spec("s", log_decay=g * Input("eg", "h")), "a sum of 'g' in generated code"),
     (lambda: Spec("s", log_decay=g * Scalar("scale")), "argument of every op"),
     (lambda: Spec("s", log_decay=Input("g", "")), "has no axes"),
     # inputs
@@ -252,7 +256,7 @@ def test_messages_differ():
         lambda: Spec("s", bonus=0.5),
         lambda: Spec("s", log_decay=0),
         lambda: Spec("s", log_decay=Input("g", "t h")),
-        lambda: Spec("s", query=q * Input("a", "k"), value=v * sigmoid(Input("z", "b t h v"))),
+        lambda: Spec("s", query=q * Input("a", "k"), value=v * sigmoid(Input("y", "b t h v"))),
     ],
 )
 def test_allowed_and_round_trips(declare):

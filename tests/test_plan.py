@@ -1,0 +1,102 @@
+"""The plan: how it prints, and what of the spec reaches the kernels' text."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+from cases import ALL
+
+from flagen import specs, validate
+from flagen.analysis import analyse
+from flagen.errors import SpecError
+from flagen.expr import Input, k, logsigmoid, sigmoid
+from flagen.plan import make_plan
+from flagen.render import render
+from flagen.spec import Spec
+
+EVERY = pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
+
+
+def plan_of(spec):
+    return make_plan(analyse(spec))
+
+
+def functions(text):
+    return {node.name: ast.unparse(node) for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+
+
+@EVERY
+def test_prints_its_kernels_with_what_they_read_and_write(spec):
+    plan = plan_of(spec)
+    text = str(plan)
+    assert f"decay: {plan.decay}" in text and plan == plan_of(spec)
+    for one in spec.inputs:
+        assert re.search(rf"reads .*\b{one.name}\b", text) and re.search(rf"writes .*\bd{one.name}\b", text)
+    kernels = {kernel.name for kernel in plan.kernels}
+    assert kernels <= set(functions(render(plan)))
+
+
+def test_no_decay_is_loaded_where_there_is_none():
+    kernels = functions(render(plan_of(specs.get("linear"))))
+    for name, text in kernels.items():
+        assert "b_ld" not in text and "b_en" not in text and "gt" not in re.findall(r"\w+", text), name
+
+
+def test_a_constant_decay_is_one_number_a_head():
+    plan = plan_of(specs.get("retnet"))
+    assert plan.decay == "constant" and [x.name for x in plan.tensors if x.is_constant] == ["c0"]
+    text = functions(render(plan))["retnet_fwd_kernel"]
+    assert "c0" in text and "sum_steps" not in text
+
+
+def test_the_states_update_loads_no_query():
+    plan = plan_of(specs.get("gla"))
+    assert [x.name for x in plan.state_tensors] == ["k", "v", "g"]
+    assert [x.name for x in plan.adjoint_tensors] == ["q", "g"]
+    assert "k + " not in functions(render(plan))["gla_bwd_state_kernel"]
+
+
+def test_gradients_are_texts_of_the_roles_gradients():
+    plan = plan_of(specs.get("mamba2"))
+    found = {gradient.name: gradient for gradient in plan.gradients}
+    assert set(found) == {"q", "k", "v", "dt", "A_log"}
+    assert [term[0] for term in found["dt"].terms] == ["value", "log_decay"]
+    assert "b_dvalue" in str(found["dt"].terms) and "DECAY_FLOOR" in str(found["dt"].terms)
+    assert [gradient.name for gradient in plan.fixed_gradients] == ["A_log"]
+
+
+@EVERY
+def test_a_name_of_generated_text_is_no_inputs_name(spec):
+    """Whatever text binds, an input may not be called: it would hide it, or be hidden."""
+    plan = plan_of(spec)
+    own = {x.name for x in plan.tensors}
+    # two inputs of which one is named so are refused together
+    made = {f"{letter}{name}" for name in own for letter in "de"} | {f"d{name}_sp" for name in own}
+    bound = set()
+    for node in ast.parse(render(plan)).body:
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        bound.add(node.name)
+        if node.name.endswith("_kernel") or node.name in ("fwd", "bwd", "step"):
+            bound |= {arg.arg for arg in node.args.args}
+            inner = {n for n in ast.walk(node) if isinstance(n, ast.FunctionDef) and n is not node}
+            hidden = {id(n) for function in inner for n in ast.walk(function)}
+            bound |= {
+                n.id
+                for n in ast.walk(node)
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and id(n) not in hidden
+            }
+    for name in sorted(bound - own - made):
+        with pytest.raises(SpecError):
+            validate.check_argument_name("s", name)
+
+
+@pytest.mark.parametrize("name", ["x", "n", "theta", "first", "query", "sum_q", "ct", "angle"])
+def test_an_input_named_like_a_block_gets_another_block(name):
+    gate = Input(name, "b t h k")
+    plan = plan_of(Spec("named", key=k * sigmoid(gate), log_decay=logsigmoid(gate)))
+    (tensor,) = (x for x in plan.inputs if x.name == name)
+    assert tensor.block == (f"b_{name}" if name == "theta" else f"b_{name}_")
+    compile(render(plan), "<rendered>", "exec")
