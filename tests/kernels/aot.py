@@ -36,7 +36,8 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # one for each target: kernels keep what they were compiled to by device
+        return list(TARGETS.values()).index(self.target)
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -1,0 +1,14 @@
+"""The kernels of gla and rwkv6, compiled for every target."""
+
+from __future__ import annotations
+
+import pytest
+from compile_cases import CASES, check
+
+from flagen import specs
+
+
+@pytest.mark.parametrize(("target", "shape"), CASES)
+@pytest.mark.parametrize("name", ["gla", "rwkv6"])
+def test_every_kernel_compiles_and_fits(name, target, shape, monkeypatch):
+    check(specs.get(name), target, shape, monkeypatch)
