@@ -8,121 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from .analysis import Analysis
-from .expr import Call, Expr, Index, Input, Number
+from .expr import Expr, Input, Number
 from .functions import triton_text
+from .plan_parts import Gradient, Kernel, Role, TensorArg, Term, block_name, block_text, leaves
 
 ROLE_CHANNEL = {"query": "k", "key": "k", "value": "v", "phase": "k", "bonus": "k"}
 # the accumulated decay of a step is clamped here (natural log; exact in bf16): exp(-128) is 0 in fp32
 DECAY_FLOOR = -128.0
-
-
-@dataclass(frozen=True, slots=True)
-class TensorArg:
-    """An input or a host constant as a kernel sees it. `strided`: the axes whose strides are passed; channels have stride 1."""
-
-    name: str
-    axes: str
-    is_constant: bool
-    cast: str
-
-    @property
-    def batch(self) -> bool:
-        return "b" in self.axes
-
-    @property
-    def time(self) -> bool:
-        return "t" in self.axes
-
-    @property
-    def head(self) -> bool:
-        return "h" in self.axes
-
-    @property
-    def channel(self) -> str:
-        """'k', 'v' or ''"""
-        return "k" if "k" in self.axes else "v" if "v" in self.axes else ""
-
-    @property
-    def strided(self) -> str:
-        return "".join(axis for axis in "bth" if axis in self.axes)
-
-    @property
-    def row(self) -> str:
-        """Which row of the batch axis: a tensor without time has one a sequence."""
-        return "i_b" if self.time else "i_n"
-
-    @property
-    def block(self) -> str:
-        return block_name(self.name)
-
-    @property
-    def shape(self) -> str:
-        """The block's shape, for comments."""
-        parts = (["BT"] if self.time else []) + ([f"B{self.channel.upper()}"] if self.channel else [])
-        return f"[{', '.join(parts)}]"
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """A role's text over the blocks b_<input>, and the same over blocks with channels as rows. `identity`: the input it is, if it is nothing but one with all its axes."""
-
-    name: str
-    text: str
-    turned: str
-    identity: str
-    axes: str
-    inputs: tuple[str, ...]
-
-    @property
-    def fixed(self) -> bool:
-        """Whether it is the same for all tokens."""
-        return "t" not in self.axes
-
-
-class Term(NamedTuple):
-    """What a role gives to the gradient of an input: text over blocks, and over blocks with channels as rows. `reduced`: the blocks
-    have a channel axis that the input lacks, over which they are summed.
-    """
-
-    role: str
-    text: str
-    turned: str
-    reduced: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Gradient:
-    """How a chunk's gradient of one input comes from those of the roles."""
-
-    tensor: TensorArg
-    terms: tuple[Term, ...]
-
-    @property
-    def name(self) -> str:
-        return self.tensor.name
-
-    def terms_over(self, channel: str) -> tuple[Term, ...]:
-        """The terms whose blocks have key or value channels."""
-        return tuple(term for term in self.terms if (term.role == "value") == (channel == "v"))
-
-    @property
-    def partial(self) -> bool:
-        """Whether blocks of V each hold a part of it."""
-        return self.tensor.channel != "v"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kernel:
-    """One kernel of the plan, for people: its name, what it walks over, and what it reads and writes."""
-
-    name: str
-    direction: str
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-    when: str
 
 
 @dataclass(frozen=True)
@@ -419,32 +313,3 @@ class Plan:
 def make_plan(analysis: Analysis) -> Plan:
     """The plan of an analysed spec. Pure: the same analysis gives the same plan and text."""
     return Plan(analysis)
-
-
-# blocks that kernels make themselves; an input of such a name gets another block
-OWN_BLOCKS = frozenset(
-    "query key value ld turn angle h hi hr z sh shi sz er dnd dh dhi dhr dz A dA D s c ct n dn o do dod d dd ds own fk fq kd qd vd en ek eq cn sn "
-    "ck sk cr sr cl sl qc qs kc ks x xl xq xk xqi xki y yl yqi yki all weight first second k1 k2 q1 q2 tree gt at dquery dkey "
-    "dvalue dlog_decay dphase dbonus dfq dfk dvi dqr dqi dkr dki dqc dqs dkc dks sum part pick picked".split()
-)
-
-
-def block_name(name: str) -> str:
-    """The name of an input's block. Names of inputs do not end with _."""
-    return f"b_{name}_" if name in OWN_BLOCKS or name.startswith("sum_") else f"b_{name}"
-
-
-def leaves(expr: Expr) -> tuple[Input, ...]:
-    return tuple(dict.fromkeys(node for node in expr.walk() if isinstance(node, Input)))
-
-
-def block_text(leaf: Expr, time: bool, channel: str, *, turned: bool = False) -> str:
-    """The block of an input as it broadcasts in a block with or without a time and a channel axis; turned: key channels are rows."""
-    assert not isinstance(leaf, (Index, Call)), "indices are constants by now"
-    name = block_name(leaf.name)
-    has_time, has_channel = "t" in leaf.axes, "k" in leaf.axes or "v" in leaf.axes
-    if not (time and channel) or (has_time and has_channel):
-        return name
-    if turned and channel == "k":
-        has_time, has_channel = has_channel, has_time
-    return f"{name}[:, None]" if has_time else f"{name}[None, :]" if has_channel else name
