@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,10 +41,29 @@ def render_standalone(plan: Plan) -> str:
     return _tidy(environment().get_template("standalone.py.jinja").render(plan=plan, parts=parts))
 
 
+def _without_unused(text: str) -> str:
+    """Macros set up blocks that not every kernel reads: assignments of a line to a name that its function never names again go."""
+    found = []
+    for part in re.split(r"(?m)^(?=def )", text):
+        before = None
+        while part != before:
+            before = part
+            part = _ASSIGNMENT.sub(lambda match, whole=part: _kept(match, whole), part)
+        found.append(part)
+    return "".join(found)
+
+
+_ASSIGNMENT = re.compile(r"(?m)^ +([a-z]\w*) = .*[^(\[{,]\n")
+
+
+def _kept(match: re.Match[str], text: str) -> str:
+    return match[0] if len(re.findall(rf"\b{match[1]}\b", text)) > 1 else ""
+
+
 def _tidy(text: str) -> str:
     """Without trailing spaces, runs of more than two blank lines, and blank lines at the end."""
     lines: list[str] = []
-    for line in (line.rstrip() for line in text.splitlines()):
+    for line in (line.rstrip() for line in _without_unused(text).splitlines()):
         if line or lines[-2:] != ["", ""]:
             lines.append(line)
     return "\n".join(lines).strip("\n") + "\n"

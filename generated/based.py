@@ -346,7 +346,6 @@ def based_bwd_state_kernel(
     i_b = i_n if cu_seqlens is None else i_n * 0
     # row of the piece, and of the sequence, in tensors with a head axis
     i_ph = i_p.to(tl.int64) * H + i_h
-    i_nh = i_n * H + i_h
     q += i_b * q_sb
     q += (i_h // G_q) * q_sh
 

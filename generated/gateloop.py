@@ -509,7 +509,6 @@ def gateloop_bwd_state_kernel(
     i_b = i_n if cu_seqlens is None else i_n * 0
     # row of the piece, and of the sequence, in tensors with a head axis
     i_ph = i_p.to(tl.int64) * H + i_h
-    i_nh = i_n * H + i_h
     q += i_b * q_sb
     q += (i_h // G_q) * q_sh
     g += i_b * g_sb
@@ -525,10 +524,7 @@ def gateloop_bwd_state_kernel(
     o_f = o_k
     m_f = m_k
     m_fv = m_f[:, None] & m_v[None, :]
-    m_eye = o_i[:, None] == o_i[None, :]
     m_read = o_i[None, :] <= o_i[:, None]
-    m_after = o_i[None, :] > o_i[:, None]
-
     # [BF, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     b_dhi = tl.zeros([BF, BV], dtype=tl.float32)
@@ -546,7 +542,6 @@ def gateloop_bwd_state_kernel(
         i_t = i_t.to(tl.int64)
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # [BT, BK]

@@ -185,7 +185,6 @@ def hgrn2_intra_kernel(
     i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, BT, NP)
     i_n = i_n.to(tl.int64)
     i_b = i_n if cu_seqlens is None else i_n * 0
-    i_ph = i_p.to(tl.int64) * H + i_h
     o_i = tl.arange(0, BT)
     i_c = i_start // BT
     i_t = i_c * BT
@@ -272,7 +271,6 @@ def hgrn2_bwd_intra_kernel(
     i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, BT, NP)
     i_n = i_n.to(tl.int64)
     i_b = i_n if cu_seqlens is None else i_n * 0
-    i_ph = i_p.to(tl.int64) * H + i_h
     o_i = tl.arange(0, BT)
     i_c = i_start // BT
     i_t = i_c * BT
@@ -609,7 +607,6 @@ def hgrn2_bwd_state_kernel(
     i_b = i_n if cu_seqlens is None else i_n * 0
     # row of the piece, and of the sequence, in tensors with a head axis
     i_ph = i_p.to(tl.int64) * H + i_h
-    i_nh = i_n * H + i_h
     q += i_b * q_sb
     q += (i_h // G_q) * q_sh
     g += i_b * g_sb
@@ -623,10 +620,7 @@ def hgrn2_bwd_state_kernel(
     o_f = o_k
     m_f = m_k
     m_fv = m_f[:, None] & m_v[None, :]
-    m_eye = o_i[:, None] == o_i[None, :]
     m_read = o_i[None, :] <= o_i[:, None]
-    m_after = o_i[None, :] > o_i[:, None]
-
     # [BF, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
 
@@ -642,7 +636,6 @@ def hgrn2_bwd_state_kernel(
         i_t = i_t.to(tl.int64)
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # [BT, BK]

@@ -193,7 +193,6 @@ def rwkv6_intra_kernel(
     i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, BT, NP)
     i_n = i_n.to(tl.int64)
     i_b = i_n if cu_seqlens is None else i_n * 0
-    i_ph = i_p.to(tl.int64) * H + i_h
     o_i = tl.arange(0, BT)
     i_c = i_start // BT
     i_t = i_c * BT
@@ -500,7 +499,6 @@ def rwkv6_fwd_kernel(
         p_h0 = h0 + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
     # [BK]
-    b_u = tl.load(u + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_gt = tl.zeros([BK], dtype=tl.float32)
 
     for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
@@ -663,7 +661,6 @@ def rwkv6_bwd_state_kernel(
     i_b = i_n if cu_seqlens is None else i_n * 0
     # row of the piece, and of the sequence, in tensors with a head axis
     i_ph = i_p.to(tl.int64) * H + i_h
-    i_nh = i_n * H + i_h
     r += i_b * r_sb
     r += (i_h // G_r) * r_sh
     w += i_b * w_sb
@@ -677,10 +674,7 @@ def rwkv6_bwd_state_kernel(
     o_f = o_k
     m_f = m_k
     m_fv = m_f[:, None] & m_v[None, :]
-    m_eye = o_i[:, None] == o_i[None, :]
     m_read = o_i[None, :] < o_i[:, None]
-    m_after = o_i[None, :] > o_i[:, None]
-
     # [BF, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
 
@@ -696,7 +690,6 @@ def rwkv6_bwd_state_kernel(
         i_t = i_t.to(tl.int64)
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # [BT, BK]
@@ -844,7 +837,6 @@ def rwkv6_bwd_kernel(
             p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
     # [BK]
-    b_u = tl.load(u + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_sum_u = tl.zeros([BK], dtype=tl.float32)
 
     NS: tl.constexpr = LC // BT
