@@ -128,7 +128,8 @@ def schedule(
     LC = max(checkpoint, BT) // BT * BT
     bwd = tile(BT, BV, BF * BV * parts, 1)
     fwd = bwd
-    if not plan.tree:
+    # blocks of more than 128 rows and 32 columns gave wrong outputs and bad addresses with Triton 3.6 on Hopper
+    if not plan.tree and BF <= 128:
         # half a state, and two programs at once on a multiprocessor
         half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
         fwd = tile(BT, half, BF * half * parts, 2 if low else 1)
