@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .schedule import CHECKPOINT, Schedule, Shape, device_of, schedule
+from .schedule import CHECKPOINT, Schedule, Shape, device_of, rows_of_state, schedule
 from .torch_backend import Forward
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class TritonBackend:
         LC = self.options["checkpoint"]
         slots = sizes.N * -(-sizes.T // LC) if cu_seqlens is None else sizes.T // LC + sizes.N
         like = inputs[self.output]
-        F = self.features(sizes.K)
+        F = rows_of_state(self.plan, sizes.K)
         dtype = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
         states = like.new_empty((slots, sizes.H, F, sizes.V, *((2,) if self.plan.complex else ())), dtype=dtype)
         if not self.normalized:
@@ -150,11 +150,6 @@ class TritonBackend:
     def _make_schedule(self, sizes: Shape, dtype: torch.dtype, device: torch.device, exact: bool) -> Schedule:
         return schedule(self.plan, sizes, dtype, exact_decay=exact, device=device_of(device), **self.options)
 
-    def features(self, K: int) -> int:
-        """Rows of the state."""
-        order = self.plan.taylor
-        return K if not order else 1 + K + (K * (K + 1) // 2 if order == 2 else 0)
-
     def _empty(
         self,
         inputs: tuple[Tensor, ...],
@@ -166,7 +161,7 @@ class TritonBackend:
     ) -> Forward:
         """The result for T = 0: the state passes through."""
         like = inputs[self.output]
-        F = self.features(sizes.K)
+        F = rows_of_state(self.plan, sizes.K)
         dtype = torch.complex64 if self.plan.complex else torch.float32
         shapes = ((sizes.N, sizes.H, F, sizes.V), (sizes.N, sizes.H, F))[: 1 + self.normalized]
         final = tuple(x.clone() for x in initial) or tuple(
@@ -197,7 +192,7 @@ class TritonBackend:
         """The gradients of the final state, all None or all there."""
         if not dfinal or all(d is None for d in dfinal):
             return (None,) * (1 + self.normalized)
-        F = self.features(sizes.K)
+        F = rows_of_state(self.plan, sizes.K)
         shapes = (sizes.N, sizes.H, F, sizes.V), (sizes.N, sizes.H, F)
         dtype = torch.complex64 if self.plan.complex else torch.float32
         ends = tuple(
