@@ -219,10 +219,10 @@ def test_faults_have_a_caret(text, column, message):
     ids=lambda text: text[:12],
 )
 def test_hostile_text_is_refused_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(SpecError) as caught:
         parse(text, LEAVES)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
     assert len(str(caught.value)) < 600
 
 

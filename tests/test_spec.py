@@ -298,7 +298,10 @@ def test_shared_subtrees_cannot_make_an_expression_explode():
     tree = g
     for _ in range(50):
         tree = tree * tree
-    start = time.perf_counter()
+    deep = g
+    for _ in range(100_000):
+        deep = -deep
+    start = time.process_time()
     with pytest.raises(SpecError, match="more than 500 nodes"):
         Spec("s", log_decay=tree)
     with pytest.raises(SpecError, match="nested more than 60 deep"):
@@ -309,12 +312,9 @@ def test_shared_subtrees_cannot_make_an_expression_explode():
             query=q + q + q,
             feature_map=lambda x: ((x + x) * (x - x)) ** 2 * exp(x * x * x) - sum([x] * 50, x) * sum([x] * 50, x),
         )
-    deep = g
-    for _ in range(100_000):
-        deep = -deep
     with pytest.raises(SpecError, match="nested more than"):
         Spec("s", log_decay=deep)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 1
 
 
 # --- text
@@ -465,11 +465,11 @@ def test_json_keeps_every_field():
     ids=lambda value: str(value)[:40].replace("\0", ""),
 )
 def test_bad_json_is_refused_at_once(text, message):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(SpecError, match=message) as caught:
         Spec.from_json(text)
     assert len(str(caught.value)) < 700
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 def test_json_reports_a_caret():
