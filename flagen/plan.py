@@ -1,7 +1,7 @@
 """Analysis -> Plan: what the kernels of a spec are made of, as names and Triton text. The plan has no shapes.
 
-A template reads one Plan and decides nothing: every choice that removes an argument, a load or a product is a field here.
-Choices that depend on shapes, dtypes or the device are launch-time constants, made by schedule.py.
+A template reads one Plan and decides nothing: every choice that removes an argument, a load or a product is a field
+here. Choices that depend on shapes, dtypes or the device are launch-time constants, made by schedule.py.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Plan:
 
     @property
     def intra(self) -> bool:
-        """Whether the pairs inside chunks have kernels of their own: with a decay per key channel they cost more than all the rest."""
+        """Whether the pairs inside chunks have kernels of their own: with a decay per key channel they cost more than
+        all the rest."""
         return self.decay == "key" and not self.complex
 
     @property
@@ -223,8 +224,8 @@ class Plan:
         return Term(role, *texts, bool(channel) and not tensor.channel)
 
     def gradients_after(self, stage: str) -> tuple[Gradient, ...]:
-        """The gradients that are whole once the role `stage` has its own: kernels store them there. What needs the decay's or the
-        angle's gradient comes last, and a bonus has its own before the query."""
+        """The gradients that are whole once the role `stage` has its own: kernels store them there. What needs the
+        decay's or the angle's gradient comes last, and a bonus has its own before the query."""
         order = {"bonus": 0, "query": 0, "key": 1, "value": 2, "log_decay": 3, "phase": 3}
         found = []
         for x in self.gradients:
@@ -288,7 +289,8 @@ class Plan:
         keys = tuple(one.name for one in self.state_tensors if not one.is_constant)
         queries = tuple(one.name for one in self.adjoint_tensors if not one.is_constant)
         return (
-            Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=names, writes=("o", *state), when="always"),
+            Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=names, writes=("o", *state),
+                   when="always"),
             Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=keys, writes=state,
                    when="the sequence is cut into pieces: their end states, from zero"),
             Kernel(name=f"{self.name}_scan_kernel", direction="either", reads=state, writes=state,

@@ -10,7 +10,8 @@ from .expr import Call, Expr, Index, Input
 
 @dataclass(frozen=True, slots=True)
 class TensorArg:
-    """An input or a host constant as a kernel sees it. `strided`: the axes whose strides are passed; channels have stride 1."""
+    """An input or a host constant as a kernel sees it. `strided`: the axes whose strides are passed; channels have
+    stride 1."""
 
     name: str
     axes: str
@@ -56,7 +57,8 @@ class TensorArg:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A role's text over the blocks b_<input>, and the same over blocks with channels as rows. `identity`: the input it is, if it is nothing but one with all its axes."""
+    """A role's text over the blocks b_<input>, and the same over blocks with channels as rows. `identity`: the input it
+    is, if it is nothing but one with all its axes."""
 
     name: str
     text: str
@@ -72,8 +74,8 @@ class Role:
 
 
 class Term(NamedTuple):
-    """What a role gives to the gradient of an input: text over blocks, and over blocks with channels as rows. `reduced`: the blocks
-    have a channel axis that the input lacks, over which they are summed.
+    """What a role gives to the gradient of an input: text over blocks, and over blocks with channels as rows.
+    `reduced`: the blocks have a channel axis that the input lacks, over which they are summed.
     """
 
     role: str
@@ -116,9 +118,12 @@ class Kernel:
 
 # blocks that kernels make themselves; an input of such a name gets another block
 OWN_BLOCKS = frozenset(
-    "query key value ld turn angle h hi hr z sh shi sz er dnd dh dhi dhr dz A dA D s c ct n dn o do dod d dd ds own fk fq "
-    "kd qd vd en ek eq cn sn ck sk cr sr cl sl qc qs kc ks x xl xq xk xqi xki y yl yqi yki all weight first second k1 k2 q1 q2 tree gt at dquery dkey "
-    "dvalue dlog_decay dphase dbonus dfq dfk dvi dqr dqi dkr dki dqc dqs dkc dks sum part pick picked".split()
+    """
+    query key value ld turn angle h hi hr z sh shi sz er dnd dh dhi dhr dz A dA D s c ct n dn o do dod d dd ds own
+    fk fq kd qd vd en ek eq cn sn ck sk cr sr cl sl qc qs kc ks x xl xq xk xqi xki y yl yqi yki all weight first second
+    k1 k2 q1 q2 tree gt at dquery dkey dvalue dlog_decay dphase dbonus dfq dfk dvi dqr dqi dkr dki dqc dqs dkc dks sum
+    part pick picked
+    """.split()  # noqa: SIM905
 )
 
 
@@ -132,7 +137,8 @@ def leaves(expr: Expr) -> tuple[Input, ...]:
 
 
 def block_text(leaf: Expr, time: bool, channel: str, *, turned: bool = False) -> str:
-    """The block of an input as it broadcasts in a block with or without a time and a channel axis; turned: key channels are rows."""
+    """The block of an input as it broadcasts in a block with or without a time and a channel axis; turned: key channels
+    are rows."""
     assert not isinstance(leaf, (Index, Call)), "indices are constants by now"
     name = block_name(leaf.name)
     has_time, has_channel = "t" in leaf.axes, "k" in leaf.axes or "v" in leaf.axes

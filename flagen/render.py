@@ -34,7 +34,8 @@ def render(plan: Plan) -> str:
 
 
 def render_standalone(plan: Plan) -> str:
-    """The module together with an autograd function, a schedule and a plain function of the spec's name: a file to vendor."""
+    """The module together with an autograd function, a schedule and a plain function of the spec's name: a file to
+    vendor."""
     from .standalone import make_standalone
 
     parts = make_standalone(plan, render(plan))
@@ -42,7 +43,8 @@ def render_standalone(plan: Plan) -> str:
 
 
 def _without_unused(text: str) -> str:
-    """Macros set up blocks that not every kernel reads: assignments of a line to a name that its function never names again go."""
+    """Macros set up blocks that not every kernel reads: assignments of a line to a name that its function never names
+    again go."""
     found = []
     for part in re.split(r"(?m)^(?=def )", text):
         before = None

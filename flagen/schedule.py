@@ -21,7 +21,8 @@ PRECISIONS = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
 
 
 class Shape(NamedTuple):
-    """The sizes of a call: batch, tokens, heads, key and value channels, sequences (the batch, or those of cu_seqlens)."""
+    """The sizes of a call: batch, tokens, heads, key and value channels, sequences (the batch, or those of
+    cu_seqlens)."""
 
     B: int
     T: int
@@ -49,8 +50,8 @@ class Tile:
 class Schedule:
     """Launch-time constants. fwd_L, bwd_L: tokens per piece of a sequence, a multiple of LC, or 0 where it is not cut.
 
-    DOT, PRECISION: dtype of the products' operands and how fp32 ones are multiplied; SUM_PRECISION: the same for sums of
-    log decays; PARTS: how many bf16 parts of a log decay are summed.
+    DOT, PRECISION: dtype of the products' operands and how fp32 ones are multiplied; SUM_PRECISION: the same for sums
+    of log decays; PARTS: how many bf16 parts of a log decay are summed.
     """
 
     fwd: Tile
@@ -71,8 +72,8 @@ class Schedule:
 
 
 class Device(NamedTuple):
-    """What a schedule needs to know of a device. `shared`: bytes of shared memory that one program may have; `precision`: how
-    products of fp32 operands are taken with the accuracy of fp32."""
+    """What a schedule needs to know of a device. `shared`: bytes of shared memory that one program may have;
+    `precision`: how products of fp32 operands are taken with the accuracy of fp32."""
 
     multiprocessors: int
     shared: int
@@ -113,7 +114,8 @@ def schedule(
 ) -> Schedule:
     """The schedule of a call. dtype: that of the output; exact_decay: log decays are bf16 as given.
 
-    chunk_size: tokens per chunk, 16, 32, 64 or 128, instead of the plan's own; input_precision: how products of fp32 inputs are taken.
+    chunk_size: tokens per chunk, 16, 32, 64 or 128, instead of the plan's own; input_precision: how products of fp32
+    inputs are taken.
     """
     import torch
     import triton
@@ -172,14 +174,15 @@ def value_block(widest: int, rows: int, elements: int) -> int:
 def tile(BT: int, BV: int, elements: int, stages: int) -> Tile:
     """Warps by the size of the state's block: 64 fp32 registers a thread at the most.
 
-    Serial kernels of a decay per channel and all backward ones are not pipelined (stages 1): with 8 warps and chunks of 32
-    tokens Triton 3.6 gave wrong states for Hopper when they were.
+    Serial kernels of a decay per channel and all backward ones are not pipelined (stages 1): with 8 warps and chunks of
+    32 tokens Triton 3.6 gave wrong states for Hopper when they were.
     """
     return Tile(BT, BV, 8 if elements > STATE_ELEMENTS // 2 else 4, stages)
 
 
 def piece(shape: Shape, programs: int, device: Device, LC: int) -> int:
-    """Tokens per piece, so that there are about as many programs as multiprocessors; 0 where there are enough already."""
+    """Tokens per piece, so that there are about as many programs as multiprocessors; 0 where there are enough
+    already."""
     wanted = device.multiprocessors // max(1, programs)
     if wanted < 2 or shape.T <= 2 * LC:
         return 0

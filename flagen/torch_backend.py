@@ -1,8 +1,8 @@
 """The torch backend: a spec as chunkwise PyTorch, for the CPU and any device without Triton.
 
 A sequence is cut into spans of a few chunks, which stay in cache. For each span the role expressions are evaluated
-(torch_roles) and the recurrence is run (torch_chunk, torch_tree); the backward takes the spans in reverse, from the states that
-the forward kept at their starts. Nothing here uses autograd.
+(torch_roles) and the recurrence is run (torch_chunk, torch_tree); the backward takes the spans in reverse, from the
+states that the forward kept at their starts. Nothing here uses autograd.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class TorchBackend:
         want_final: bool,
         save: bool,
     ) -> Forward:
-        """`inputs` and `constants` in the analysis' order; `initial` is () or the state. The saved tensors are as in saved_like."""
+        """`inputs` and `constants` in the analysis' order; `initial` is () or the state. The saved tensors are as in
+        saved_like."""
         sizes = Sizes.of(self.analysis.inputs, inputs)
         # zeros where there may be tokens past the last sequence
         make = torch.empty if cu_seqlens is None else torch.zeros
@@ -98,8 +99,8 @@ class TorchBackend:
         needs: tuple[bool, ...],
         need_initial: bool,
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
-        """The gradients of the inputs that `needs` marks (None for the others), in their shapes and dtypes, and of the initial
-        state (() unless need_initial). do, or parts of dfinal, may be None for zero.
+        """The gradients of the inputs that `needs` marks (None for the others), in their shapes and dtypes, and of the
+        initial state (() unless need_initial). do, or parts of dfinal, may be None for zero.
         """
         sizes = Sizes.of(self.analysis.inputs, inputs)
         chain = ChainRule(self.analysis, inputs, needs, sizes)

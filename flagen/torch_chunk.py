@@ -1,10 +1,10 @@
 """Chunkwise linear attention in PyTorch: what all decays share, and the decay that is a scalar per token.
 
-A `Piece` is a run of n whole chunks of C tokens for R rows (batch times heads), chunks first: query and key [n, R, C, K],
-value [n, R, C, V], states [R, F, V]. Each chunk's own contribution to the state is a matrix product, a short serial scan adds
-the chunks up, and the outputs are matrix products again. The backward is that of the recurrence, written out: S_t is kept at
-the starts of the chunks, its adjoint at their ends. Every exponent is at most zero and a decay of exactly zero is a reset;
-nothing overflows whatever the decay.
+A `Piece` is a run of n whole chunks of C tokens for R rows (batch times heads), chunks first: query and key
+[n, R, C, K], value [n, R, C, V], states [R, F, V]. Each chunk's own contribution to the state is a matrix product, a
+short serial scan adds the chunks up, and the outputs are matrix products again. The backward is that of the recurrence,
+written out: S_t is kept at the starts of the chunks, its adjoint at their ends. Every exponent is at most zero and a
+decay of exactly zero is a reset; nothing overflows whatever the decay.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Gradients(NamedTuple):
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of running sums: fp64, so that differences of sums stay exact to fp32; fp32 where the device has no fp64."""
+    """The dtype of running sums: fp64, so that differences of sums stay exact to fp32; fp32 where the device has no
+    fp64."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
@@ -47,12 +48,13 @@ def left_product(matrix: Tensor, x: Tensor) -> Tensor:
 class Piece:
     """n chunks. A subclass says what the decay does inside a chunk.
 
-    query [n, R, C, K] is already scaled. `diagonal` [n, R, C], if given, is the weight of a token's own value, and the output
-    reads the state before the token's decay; else the token's own pair is query times key. `taylor`: the scores become
-    sum_i score^i / i! for i up to it, and the state holds the features of torch_taylor. `turn` = (cos, sin), each [n, R, K/2, 1],
-    turns the state at each chunk's end: channels are the real parts, then the negated imaginary parts. Tensors of the
-    object have n and R merged, N = n * R. prepare() sets reads and writes, query and key features as they meet the state at
-    the chunk's start and end [N, C, F]; values [N, C, V]; total, the decay of a whole chunk, broadcastable to [n, R, F, V].
+    query [n, R, C, K] is already scaled. `diagonal` [n, R, C], if given, is the weight of a token's own value, and the
+    output reads the state before the token's decay; else the token's own pair is query times key. `taylor`: the scores
+    become sum_i score^i / i! for i up to it, and the state holds the features of torch_taylor. `turn` = (cos, sin),
+    each [n, R, K/2, 1], turns the state at each chunk's end: channels are the real parts, then the negated imaginary
+    parts. Tensors of the object have n and R merged, N = n * R. prepare() sets reads and writes, query and key features
+    as they meet the state at the chunk's start and end [N, C, F]; values [N, C, V]; total, the decay of a whole chunk,
+    broadcastable to [n, R, F, V].
     """
 
     def __init__(
@@ -113,8 +115,9 @@ class Piece:
         return states
 
     def scan_back(self, adjoints: Tensor) -> Tensor:
-        """`adjoints` [n + 1, R, F, V] holds what each chunk reads of its first state, and last the adjoint of the end: made into
-        the adjoints of the states before each chunk. Returns those of the states at the chunks' ends, before the turn.
+        """`adjoints` [n + 1, R, F, V] holds what each chunk reads of its first state, and last the adjoint of the end:
+        made into the adjoints of the states before each chunk. Returns those of the states at the chunks' ends, before
+        the turn.
         """
         if self.turn is None:
             for i in reversed(range(self.chunks)):
@@ -155,7 +158,8 @@ class Piece:
         return buffer
 
     def scores(self) -> Tensor:
-        """query key^T under the Taylor polynomial, for all pairs [N, C, C]; self.slope is the polynomial's derivative."""
+        """query key^T under the Taylor polynomial, for all pairs [N, C, C]; self.slope is the polynomial's
+        derivative."""
         product = torch.bmm(self.query, self.key.mT)
         self.slope = None
         if self.taylor == 1:
@@ -222,7 +226,8 @@ class ScalarPiece(Piece):
     def backward(
         self, do: Tensor, start: Tensor, end: Tensor, wants: Callable[[str], bool]
     ) -> tuple[Gradients, Tensor]:
-        """Gradients from do [n, R, C, V] and the adjoint `end` of the state after the piece; and the adjoint of `start`."""
+        """Gradients from do [n, R, C, V] and the adjoint `end` of the state after the piece; and the adjoint of
+        `start`."""
         self.prepare()
         do = do.flatten(0, 1)
         states = self.scan(start)
@@ -261,8 +266,9 @@ class ScalarPiece(Piece):
         return self.features_back(gradient, x, query=query)
 
     def _decay_gradient(self, pairs: Tensor, through: Tensor, kept: Tensor, states: Tensor, ends: Tensor) -> Tensor:
-        """[N, C, 1]: for token r, the sum over all that passes r: pairs s < r <= t, reads t >= r of the chunk's first state,
-        writes s < r to its last, and the chunk's whole passage. Sums of like terms only, nothing cancels. (exclusive: r < t.)
+        """[N, C, 1]: for token r, the sum over all that passes r: pairs s < r <= t, reads t >= r of the chunk's first
+        state, writes s < r to its last, and the chunk's whole passage. Sums of like terms only, nothing cancels.
+        (exclusive: r < t.)
         """
         late = triangle(self.size, pairs, strict=self.exclusive)
         early = triangle(self.size, pairs, strict=True)

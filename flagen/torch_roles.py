@@ -189,7 +189,8 @@ def padded_size(analysis: Analysis, size: int) -> int:
 class Rotation:
     """The phases of a span [n, R, C, K] as rotations of query and key, in a frame that starts with each chunk.
 
-    Rotated tensors have the real and the imaginary parts as channels, 2K in all, so that their product is the real part.
+    Rotated tensors have the real and the imaginary parts as channels, 2K in all, so that their product is the real
+    part.
     """
 
     def __init__(self, phase: Tensor, exclusive: bool) -> None:

@@ -1,7 +1,7 @@
 """The features of the Taylor maps: their inner product is 1 + s (+ s^2 / 2) with s = query . key.
 
-The rows are 1; k_i; k_i k_j for i <= j in the order (0,0), (0,1), .. (0,K-1), (1,1), ..: plain monomials of the key. The
-query's features are those of the scaled query, with 1/2 where i = j, which makes s^2 / 2 of the distinct products.
+The rows are 1; k_i; k_i k_j for i <= j in the order (0,0), (0,1), .. (0,K-1), (1,1), ..: plain monomials of the key.
+The query's features are those of the scaled query, with 1/2 where i = j, which makes s^2 / 2 of the distinct products.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Chunkwise linear attention in PyTorch with a decay per key or value channel, exact at any decay.
 
-The pairs of a chunk are met in a product tree: at level m = 1, 2, 4, .. the chunk is cut into blocks of 2m tokens, and each
-token of a block's right half meets each of its left half. The decay between the two is the product of a factor from the
-middle to the right token and one from the left token to the middle, products of decays both: at most one, never divided.
+The pairs of a chunk are met in a product tree: at level m = 1, 2, 4, .. the chunk is cut into blocks of 2m tokens, and
+each token of a block's right half meets each of its left half. The decay between the two is the product of a factor
+from the middle to the right token and one from the left token to the middle, products of decays both: at most one,
+never divided.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from .torch_chunk import Gradients, Piece, left_product, triangle
 class Tree:
     """The walk through the levels for chunks [N, C, D], C a power of two. decay: exp(log_decay) [N, C, D].
 
-    `prefixed` are tensors [N, C, D] that hold, at each level, their token's factor from the start of its half block, and
-    `suffixed` those with the factor to its end; both are updated in place, and after the walk span the whole chunk.
+    `prefixed` are tensors [N, C, D] that hold, at each level, their token's factor from the start of its half block,
+    and `suffixed` those with the factor to its end; both are updated in place, and after the walk span the whole chunk.
     """
 
     def __init__(self, decay: Tensor, prefixed: tuple[Tensor, ...], suffixed: tuple[Tensor, ...]) -> None:
@@ -63,16 +64,19 @@ def weighted(tiles: Tensor, x: Tensor) -> Tensor:
 
 
 class ChannelPiece(Piece):
-    """What the two axes share: the decay's factors and the sums of its gradient. log_decay [n, R, C, D], C a power of two."""
+    """What the two axes share: the decay's factors and the sums of its gradient. log_decay [n, R, C, D], C a power of
+    two."""
 
     def decays(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The decay [N, C, D] and the first factors from a block's start to a token, and from a token to a block's end."""
+        """The decay [N, C, D] and the first factors from a block's start to a token, and from a token to a block's
+        end."""
         decay = self.log_decay.exp().flatten(0, 1)
         return decay, torch.ones_like(decay) if self.exclusive else decay.clone(), torch.ones_like(decay)
 
     def decay_gradient(self, late: Tensor, pairs: Tensor, early: Tensor, whole: Tensor) -> Tensor:
-        """[N, C, D]: for token r the sum of `late` over t >= r, less that of `pairs` over s >= r, plus that of `early` over
-        s < r, plus `whole`. (exclusive: late over t > r.) late and pairs hold the same products, whose difference is exact.
+        """[N, C, D]: for token r the sum of `late` over t >= r, less that of `pairs` over s >= r, plus that of `early`
+        over s < r, plus `whole`. (exclusive: late over t > r.) late and pairs hold the same products, whose difference
+        is exact.
         """
         before = triangle(self.size, late, strict=True)
         if self.exclusive:
@@ -204,7 +208,8 @@ class ValuePiece(ChannelPiece):
         return grads, adjoints[0]
 
     def _within_back(self, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of value and of the scores by the pairs of different tokens, and the factors to the chunk's end."""
+        """The gradients of value and of the scores by the pairs of different tokens, and the factors to the chunk's
+        end."""
         decay, _, suffix = self.decays()
         late = do.clone() if self.exclusive else do * decay
         values = self.value.clone()

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class TritonBackend:
     """Runs the kernels of `module`, the generated module of `plan`.
 
-    chunk_size: tokens per chunk, a power of two from 16 to 128, or None for the schedule's choice. input_precision: how products
-    of fp32 inputs are taken ("tf32", "tf32x3", "ieee"); None: tf32x3, which is fp32-accurate. checkpoint: tokens between the
-    states that the training forward keeps.
+    chunk_size: tokens per chunk, a power of two from 16 to 128, or None for the schedule's choice. input_precision: how
+    products of fp32 inputs are taken ("tf32", "tf32x3", "ieee"); None: tf32x3, which is fp32-accurate. checkpoint:
+    tokens between the states that the training forward keeps.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class TritonBackend:
         want_final: bool,
         save: bool,
     ) -> Forward:
-        """`inputs` and `constants` in the analysis' order; `initial` is () or the state. Saved: states, and with a normaliser
-        its sums and what it divided by."""
+        """`inputs` and `constants` in the analysis' order; `initial` is () or the state. Saved: states, and with a
+        normaliser its sums and what it divided by."""
         inputs, sizes = self._prepared(inputs), self._sizes(inputs, cu_seqlens)
         if not sizes.T:
             return self._empty(inputs, sizes, initial, cu_seqlens, want_final, save)
@@ -123,7 +123,8 @@ class TritonBackend:
         return o
 
     def saved_like(self, inputs: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-        """New tensors of the shapes and dtypes that forward saves, which follow from the inputs' shapes and dtypes alone."""
+        """New tensors of the shapes and dtypes that forward saves, which follow from the inputs' shapes and dtypes
+        alone."""
         sizes = self._sizes(inputs, cu_seqlens)
         LC = self.options["checkpoint"]
         slots = sizes.N * -(-sizes.T // LC) if cu_seqlens is None else sizes.T // LC + sizes.N
@@ -202,7 +203,8 @@ class TritonBackend:
         return tuple(x.contiguous() for x in self._real(tuple(x.resolve_conj() for x in ends)))
 
     def _reduced(self, d: Tensor, x: Tensor, axes: str, sizes: Shape, cu_seqlens: Tensor | None, L: int) -> Tensor:
-        """A kernel's gradient [parts?, B, T, H, C?] or [parts?, pieces, H, C?] summed into the shape and dtype of the input x."""
+        """A kernel's gradient [parts?, B, T, H, C?] or [parts?, pieces, H, C?] summed into the shape and dtype of the
+        input x."""
         full = 2 + ("t" in axes) + ("k" in axes or "v" in axes)
         if d.dim() > full:
             # one part for each block of V
@@ -218,7 +220,8 @@ class TritonBackend:
         return d.reshape(x.shape).to(x.dtype)
 
     def _by_sequence(self, d: Tensor, sizes: Shape, cu_seqlens: Tensor | None, L: int) -> Tensor:
-        """[pieces, ...] to [N, ...]: pieces of a sequence lie side by side; in packed batches pieces that no sequence has are zero."""
+        """[pieces, ...] to [N, ...]: pieces of a sequence lie side by side; in packed batches pieces that no sequence
+        has are zero."""
         if cu_seqlens is None:
             return d.unflatten(0, (sizes.N, -1)).sum(1)
         if not L:
