@@ -102,6 +102,39 @@ def make_state(spec: Spec, *, N: int = 2, H: int = 4, K: int = 64, V: int = 64, 
     return tuple(x.to(device, dtype).contiguous() for x in state)
 
 
+def _swapped(x: Tensor, axes: str) -> Tensor:
+    i, j = axes.find("t"), axes.find("h")
+    return x if min(i, j) < 0 else x.transpose(i, j).contiguous().transpose(i, j)
+
+
+def _sliced(x: Tensor, axes: str) -> Tensor:
+    return torch.cat((x.new_full(x.shape, math.nan), x, x.new_full(x.shape, math.nan)), -1).tensor_split(3, -1)[1]
+
+
+def _turned(x: Tensor, axes: str) -> Tensor:
+    backwards = tuple(reversed(range(x.dim())))
+    return x.permute(backwards).contiguous().permute(backwards)
+
+
+def _spread(x: Tensor, axes: str) -> Tensor:
+    return torch.stack((x, x.new_full(x.shape, math.nan)), -1)[..., 0]
+
+
+# the same values with other strides
+LAYOUTS: dict[str, Callable[[Tensor, str], Tensor]] = {
+    "contiguous": lambda x, axes: x,
+    "heads_first": _swapped,  # [B, H, T, K] in memory
+    "sliced": _sliced,  # out of a wider tensor, as of a fused projection
+    "reversed": _turned,  # the last axis has the largest stride
+    "spread": _spread,  # every other element
+}
+
+
+def arranged(x: Tensor, axes: str, layout: str) -> Tensor:
+    """The values of `x`, whose axes are `axes`, laid out as one of LAYOUTS says. Memory between them is NaN."""
+    return LAYOUTS[layout](x, axes)
+
+
 def make_scalars(spec: Spec) -> dict[str, float]:
     """A value for each Scalar of `spec`, for which log_decay need not be positive."""
     return dict(_chosen(spec, None)[1])

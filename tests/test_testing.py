@@ -406,3 +406,65 @@ def test_check_compiles_a_spec(name):
 def test_a_query_of_many_inputs():
     spec = Spec("many", query=q * softplus(gs), log_decay=logsigmoid(gk), bonus=u)
     check(Honest(spec), **SMALL, device="cpu", dtype=torch.bfloat16)
+
+
+# --- what is asked for, and how inputs lie
+
+
+@pytest.mark.parametrize("name", ["gla", "based", "gateloop", "rwkv6"])
+@pytest.mark.parametrize("asked", [(), ("initial_state",), ("v",), None])
+def test_check_asks_for_some_gradients(name, asked):
+    report = check(Honest(specs.get(name)), **SMALL, device="cpu", requires_grad=asked)
+    every = check(Honest(specs.get(name)), **SMALL, device="cpu")
+    found = {row.tensor for row in every.rows} - {row.tensor for row in report.rows}
+    wanted = [f"d {one.name}" for one in specs.get(name).inputs] + ["d initial_state S", "d initial_state z"]
+    if asked is not None:
+        assert {row.tensor.split()[1] for row in report.rows if row.tensor.startswith("d ")} == set(asked)
+    assert report.ok and all(tensor in wanted for tensor in found)
+
+
+def test_check_without_the_final_state_passes_on_what_is_asked():
+    seen = []
+
+    class Recording(Honest):
+        def __call__(self, *inputs, **options):
+            seen.append((options["output_final_state"], [x.requires_grad for x in inputs]))
+            return super().__call__(*inputs, **options)
+
+    report = check(Recording(specs.get("gla")), **SMALL, device="cpu", final_state=False, requires_grad=("k", "g"))
+    assert seen[0] == (False, [False, True, False, True])
+    assert [row.tensor for row in report.rows if row.tensor.startswith("final")] == [] and report.ok
+    # the output's gradient alone: that of the last token's decay is not what it is with the state's
+    with_final = check(Recording(specs.get("gla")), **SMALL, device="cpu", requires_grad=("k", "g"))
+    assert [row.tensor for row in with_final.rows if row.tensor.startswith("final")] == ["final_state S"]
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_check_lays_inputs_out(layout):
+    strides = []
+
+    class Recording(Honest):
+        def __call__(self, *inputs, **options):
+            strides.append([(tuple(x.shape), x.stride()) for x in inputs])
+            assert all(x.is_leaf and x.isfinite().all() for x in inputs)
+            return super().__call__(*inputs, **options)
+
+    sizes = {"B": 2, "T": 5, "H": 3, "K": 6, "V": 4}
+    assert check(Recording(specs.get("rwkv6")), **sizes, device="cpu", layout=layout).ok
+    (shape, r), *_, (_, u) = strides[0]
+    assert shape == (2, 5, 3, 6)
+    wanted = {
+        "contiguous": ((90, 18, 6, 1), (6, 1)),
+        "heads_first": ((90, 6, 30, 1), (6, 1)),
+        "sliced": ((270, 54, 18, 1), (18, 1)),
+        "reversed": ((1, 2, 10, 30), (1, 3)),
+        "spread": ((180, 36, 12, 2), (12, 2)),
+    }
+    assert (r, u) == wanted[layout]
+
+
+def test_check_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="gla: requires_grad names 'w'; there are q, k, v, g, initial_state"):
+        check(Honest(specs.get("gla")), **SMALL, device="cpu", requires_grad=("w",))
+    with pytest.raises(ValueError, match="gla: layout='odd' is not allowed; use one of contiguous, heads_first,"):
+        check(Honest(specs.get("gla")), **SMALL, device="cpu", layout="odd")
