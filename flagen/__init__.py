@@ -24,35 +24,42 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from . import config, reference, specs, testing
-    from .compiler import compile, emit
-    from .errors import CacheError, ConfigError, FlagenError, PlanError, SpecError
-    from .expr import (
-        Expr,
-        Input,
-        Scalar,
-        abs,
-        elu,
-        exp,
-        head,
-        heads,
-        k,
-        log,
-        logsigmoid,
-        maximum,
-        minimum,
-        q,
-        relu,
-        sigmoid,
-        silu,
-        softplus,
-        sqrt,
-        tanh,
-        taylor,
-        v,
-    )
-    from .spec import Spec, SpecWarning
+if TYPE_CHECKING:  # `as` says to type checkers that the name is public
+    from . import config as config
+    from . import reference as reference
+    from . import specs as specs
+    from . import testing as testing
+    from .compiler import compile as compile
+    from .compiler import emit as emit
+    from .errors import CacheError as CacheError
+    from .errors import ConfigError as ConfigError
+    from .errors import FlagenError as FlagenError
+    from .errors import PlanError as PlanError
+    from .errors import SpecError as SpecError
+    from .expr import Expr as Expr
+    from .expr import Input as Input
+    from .expr import Scalar as Scalar
+    from .expr import abs as abs
+    from .expr import elu as elu
+    from .expr import exp as exp
+    from .expr import head as head
+    from .expr import heads as heads
+    from .expr import k as k
+    from .expr import log as log
+    from .expr import logsigmoid as logsigmoid
+    from .expr import maximum as maximum
+    from .expr import minimum as minimum
+    from .expr import q as q
+    from .expr import relu as relu
+    from .expr import sigmoid as sigmoid
+    from .expr import silu as silu
+    from .expr import softplus as softplus
+    from .expr import sqrt as sqrt
+    from .expr import tanh as tanh
+    from .expr import taylor as taylor
+    from .expr import v as v
+    from .spec import Spec as Spec
+    from .spec import SpecWarning as SpecWarning
 
 _MODULES = ("config", "reference", "specs", "testing")
 # module -> the public names in it

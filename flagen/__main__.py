@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     module, _, function = arguments.run.partition(":")
     try:
-        status = getattr(importlib.import_module(f".{module}", __package__), function)(arguments)
+        status: int = getattr(importlib.import_module(f".{module}", __package__), function)(arguments)
         sys.stdout.flush()
     except FlagenError as error:
         return _failed(str(error))

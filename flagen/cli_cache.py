@@ -7,6 +7,7 @@ import platform
 import sys
 
 from . import __version__, config
+from .errors import ConfigError
 
 UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 PACKAGES = ("torch", "triton", "jinja2", "sympy", "einops")
@@ -101,5 +102,5 @@ def _cache_place() -> str:
 
     try:
         return str(root())
-    except (OSError, config.ConfigError) as error:
+    except (OSError, ConfigError) as error:
         return f"none ({error})"

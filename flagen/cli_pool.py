@@ -8,7 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 MOST_JOBS = 16
 
@@ -48,7 +48,7 @@ def run(work: Callable[[Any], tuple[Any, bool]], units: list[Any], jobs: int) ->
         for _ in range(min(jobs, len(units))):
             start()
         while busy:
-            for connection in wait(list(busy)):
+            for connection in cast("list[Connection]", wait(list(busy))):
                 process, unit = busy.pop(connection)
                 try:
                     result, healthy = connection.recv()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import SpecError
-from .expr import Call, Expr, Input, Number, as_expr, exp, minimum, sigmoid, sqrt
+from .expr import Call, Expr, Input, Leaf, Number, as_expr, exp, minimum, sigmoid, sqrt
 from .functions import fold
 
 _X, _Y = Input("x", ""), Input("y", "")
@@ -67,10 +67,11 @@ def _to_sympy(expr: Expr, symbols: dict[Expr, Any]) -> Any:
 
     if isinstance(expr, Number):
         return sympy.Rational(*expr.value.as_integer_ratio())
-    if not isinstance(expr, Call):
+    if isinstance(expr, Leaf):
         if expr not in symbols:
             symbols[expr] = sympy.Dummy(expr.name, dummy_index=len(symbols))
         return symbols[expr]
+    assert isinstance(expr, Call), type(expr)
     args = [_to_sympy(arg, symbols) for arg in expr.args]
     if expr.function in _ARITHMETIC:
         return _ARITHMETIC[expr.function](*args)
@@ -102,7 +103,8 @@ def _from_sympy(tree: Any, leaves: Mapping[Any, Expr]) -> Expr:
     if isinstance(tree, sympy.Mul):
         return _product(tree, leaves, default_sort_key)
     if isinstance(tree, sympy.Pow):
-        return _power(*tree.args, leaves)
+        base, exponent = tree.args
+        return _power(base, exponent, leaves)
     if isinstance(tree, sympy.log):  # SymPy's own: from the derivative of x ** y by y
         return fold(_call("log", _from_sympy(tree.args[0], leaves)))
     if isinstance(tree, sympy.Function):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .expr import ATOM, LEVELS, OPERAND_LEVELS, Call, Expr, Index, Input, Number, Scalar, substitute, to_text
+from .expr import ATOM, LEVELS, OPERAND_LEVELS, Call, Expr, Input, Leaf, Number, substitute, to_text
 
 if TYPE_CHECKING:
     from .spec import Spec
@@ -180,8 +180,9 @@ def _latex(expr: Expr) -> tuple[str, int]:
     """LaTeX of an expression, and how tightly it binds."""
     if isinstance(expr, Number):
         return _latex_number(expr.value), LEVELS["neg"] if expr.value < 0 else ATOM
-    if not isinstance(expr, Call):
+    if isinstance(expr, Leaf):
         return _latex_name(expr), ATOM
+    assert isinstance(expr, Call), type(expr)
     args = [_latex(arg) for arg in expr.args]
     bare = [text for text, _ in args]
     if expr.function == "div":
@@ -206,7 +207,7 @@ def _latex_number(value: int | float) -> str:
     return rf"{mantissa} \cdot 10^{{{int(exponent)}}}" if exponent else mantissa
 
 
-def _latex_name(leaf: Input | Index | Scalar) -> str:
+def _latex_name(leaf: Leaf) -> str:
     base, _, rest = leaf.name.partition("_")
     if base in _GREEK:
         base = f"\\{base}"

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from .errors import SpecError
 
@@ -137,15 +138,22 @@ class Number(Expr):
     value: int | float
 
 
+class Leaf(Expr):
+    """What has a name: an Input, an Index or a Scalar. Every node is a Number, a Leaf or a Call."""
+
+    __slots__ = ()
+    name: str
+
+
 @dataclass(frozen=True, slots=True)
-class Index(Expr):
+class Index(Leaf):
     """`head`: the index of the head, from 0. `heads`: how many there are."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Scalar(Expr):
+class Scalar(Leaf):
     """A host-side number: a Python float, given by keyword at the call. It takes no gradient."""
 
     name: str
@@ -155,7 +163,7 @@ class Scalar(Expr):
 
 
 @dataclass(frozen=True, slots=True, init=False)
-class Input(Expr):
+class Input(Leaf):
     """A tensor argument. `axes` are einops letters in the order b t h k v, such as "b t h k"; kept without spaces.
 
     `low` and `high` declare bounds on its values that the analysis may use.
@@ -198,7 +206,7 @@ def as_expr(value: Operand) -> Expr:
     raise SpecError(f"expected an expression or a number, got {type(value).__name__}: {value!r}")
 
 
-def is_finite_number(value: object) -> bool:
+def is_finite_number(value: object) -> TypeGuard[int | float]:
     """Whether it is an int or float, and not True, inf, nan or an int beyond the range of floats."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
@@ -282,8 +290,9 @@ def to_text(expr: Expr) -> str:
 def _text(expr: Expr) -> tuple[str, int]:
     if isinstance(expr, Number):
         return repr(expr.value), LEVELS["neg"] if expr.value < 0 else ATOM
-    if not isinstance(expr, Call):
+    if isinstance(expr, Leaf):
         return expr.name, ATOM
+    assert isinstance(expr, Call), type(expr)
     texts = [_text(arg) for arg in expr.args]
     if expr.function not in LEVELS:
         return f"{expr.function}({', '.join(text for text, _ in texts)})", ATOM

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import SpecError
-from .expr import ATOM, LEVELS, OPERAND_LEVELS, SYMBOLS, Call, Expr, Index, Number, Scalar
+from .expr import ATOM, LEVELS, OPERAND_LEVELS, SYMBOLS, Call, Expr, Index, Leaf, Number, Scalar
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,8 @@ class Function:
         if callable(self.torch):
             return self.torch
         module, _, name = self.torch.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return found
 
 
 # --- Python, in fp64 and with the results of IEEE arithmetic instead of exceptions
@@ -170,7 +171,7 @@ _HOST_ARITHMETIC = _ARITHMETIC | {"div": _divide, "pow": host_power}
 
 def _host_call(function: str, args: list[float]) -> float:
     if function in _HOST_ARITHMETIC:
-        return _HOST_ARITHMETIC[function](*args)
+        return float(_HOST_ARITHMETIC[function](*args))
     if any(math.isnan(arg) for arg in args):
         return math.nan
     return float(FUNCTIONS[function].python(*args))
@@ -186,8 +187,9 @@ def evaluate(expr: Expr, env: Mapping[str, Any], heads: int) -> Any:
         return expr.value
     if isinstance(expr, Index):
         return heads if expr.name == "heads" else env["head"]
-    if not isinstance(expr, Call):
+    if isinstance(expr, Leaf):
         return env[expr.name]
+    assert isinstance(expr, Call), type(expr)
     args = [evaluate(arg, env, heads) for arg in expr.args]
     tensors = [arg for arg in args if not isinstance(arg, (int, float))]
     if not tensors:
@@ -224,8 +226,9 @@ def fold(expr: Expr) -> Expr:
     if not isinstance(expr, Call):
         return expr
     args = tuple(fold(arg) for arg in expr.args)
-    if all(isinstance(arg, Number) for arg in args):
-        value = _host_call(expr.function, [float(arg.value) for arg in args])
+    numbers = [float(arg.value) for arg in args if isinstance(arg, Number)]
+    if len(numbers) == len(args):
+        value = _host_call(expr.function, numbers)
         if not math.isfinite(value):
             raise SpecError(f"{expr} is {value}; write an expression with a finite value")
         return Number(int(value) if value.is_integer() and abs(value) <= 2**53 else value)
@@ -253,7 +256,8 @@ def _triton(expr: Expr, names: Mapping[Expr, str]) -> tuple[str, int]:
     if not isinstance(expr, Call):
         return names[expr], ATOM
     if expr.function == "pow":
-        result = _triton_power(*expr.args, names)
+        base, exponent = expr.args
+        result = _triton_power(base, exponent, names)
     else:
         args = [_triton(arg, names) for arg in expr.args]
         if expr.function in FUNCTIONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .checks import MAX_CHANNELS, max_key
@@ -37,7 +38,7 @@ def step_signature(spec: Spec) -> inspect.Signature:
     return _signature(spec, {"state": _EMPTY, "scale": None}, "Tensor")
 
 
-def _signature(spec: Spec, options: dict[str, object], result: str) -> inspect.Signature:
+def _signature(spec: Spec, options: Mapping[str, object], result: str) -> inspect.Signature:
     parameter = inspect.Parameter
     kinds = {
         "scale": "float | None",

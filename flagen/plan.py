@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from .analysis import Analysis
 from .expr import Expr, Input, Number
 from .functions import triton_text
 from .plan_parts import Gradient, Kernel, Role, TensorArg, Term, block_name, block_text, leaves
+
+if TYPE_CHECKING:
+    from .spec import Spec
 
 ROLE_CHANNEL = {"query": "k", "key": "k", "value": "v", "phase": "k", "bonus": "k"}
 # the accumulated decay of a step is clamped here (natural log; exact in bf16): exp(-128) is 0 in fp32
@@ -26,7 +30,7 @@ class Plan:
     analysis: Analysis
 
     @property
-    def spec(self):
+    def spec(self) -> Spec:
         return self.analysis.spec
 
     @property
@@ -121,7 +125,8 @@ class Plan:
     def normalizer_gradient(self) -> str:
         return self._normalizer_text(self.analysis.normalizer_gradient)
 
-    def _normalizer_text(self, expr: Expr) -> str:
+    def _normalizer_text(self, expr: Expr | None) -> str:
+        assert expr is not None, "there is no normaliser"
         return triton_text(expr, {leaf: "b_n" for leaf in expr.walk() if isinstance(leaf, Input)})
 
     @property
@@ -164,24 +169,26 @@ class Plan:
 
     @cached_property
     def log_decay(self) -> Role | None:
-        return self._role("log_decay")
+        return self._role_if_given("log_decay")
 
     @cached_property
     def phase(self) -> Role | None:
-        return self._role("phase")
+        return self._role_if_given("phase")
 
     @cached_property
     def bonus(self) -> Role | None:
-        return self._role("bonus")
+        return self._role_if_given("bonus")
 
     @property
     def roles(self) -> tuple[Role, ...]:
         return tuple(self._role(name) for name, _ in self.analysis.roles)
 
-    def _role(self, name: str) -> Role | None:
+    def _role_if_given(self, name: str) -> Role | None:
+        return None if self.analysis.role(name) is None else self._role(name)
+
+    def _role(self, name: str) -> Role:
         expr = self.analysis.role(name)
-        if expr is None:
-            return None
+        assert expr is not None, name
         channel, time = self._role_block(name)
         identity = (
             block_name(expr.name)
@@ -215,13 +222,14 @@ class Plan:
         for turned in (False, True):
             gradient = f"b_d{role}"
             if diff != Number(1):
-                names = {leaf: block_text(leaf, True, channel, turned=turned) for leaf in leaves(diff)}
+                names: dict[Expr, str] = {leaf: block_text(leaf, True, channel, turned=turned) for leaf in leaves(diff)}
                 gradient = f"{gradient} * ({triton_text(diff, names)})"
             if role == "log_decay":
                 # where the decay is zero so is its gradient, whatever the gate's derivative is there
                 gradient = f"tl.where(b_ld > DECAY_FLOOR, {gradient}, 0.0)"
             texts.append(gradient)
-        return Term(role, *texts, bool(channel) and not tensor.channel)
+        text, text_turned = texts
+        return Term(role, text, text_turned, bool(channel) and not tensor.channel)
 
     def gradients_after(self, stage: str) -> tuple[Gradient, ...]:
         """The gradients that are whole once the role `stage` has its own: kernels store them there. What needs the

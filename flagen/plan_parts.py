@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .expr import Call, Expr, Index, Input
+from .expr import Expr, Index, Input, Leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def leaves(expr: Expr) -> tuple[Input, ...]:
 def block_text(leaf: Expr, time: bool, channel: str, *, turned: bool = False) -> str:
     """The block of an input as it broadcasts in a block with or without a time and a channel axis; turned: key channels
     are rows."""
-    assert not isinstance(leaf, (Index, Call)), "indices are constants by now"
+    assert isinstance(leaf, Leaf) and not isinstance(leaf, Index), "indices are constants by now"
     name = block_name(leaf.name)
     has_time, has_channel = "t" in leaf.axes, "k" in leaf.axes or "v" in leaf.axes
     if not (time and channel) or (has_time and has_channel):

@@ -157,7 +157,7 @@ def schedule(
 
 def block(size: int, triton: Any) -> int:
     """The block of an axis: a power of two that products take."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 def chunk(plan: Plan, BF: int, low: bool) -> int:

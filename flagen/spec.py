@@ -82,8 +82,9 @@ class Spec:
         self._set("bare_query", roles["query"])
         self._set("bare_key", roles["key"])
         for role, expr in roles.items():
-            composed = isinstance(feature, Expr) and role in ("query", "key")
-            self._set(role, substitute(feature, {FEATURE: expr}) if composed else expr)
+            if isinstance(feature, Expr) and role in ("query", "key") and expr is not None:
+                expr = substitute(feature, {FEATURE: expr})
+            self._set(role, expr)
         self._set("feature_map", feature)
         self._set("normalize", validate.normalizer(name, normalize))
         self._set("eps", validate.eps(name, eps, normalize))

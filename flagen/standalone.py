@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .expr import ATOM, LEVELS, OPERAND_LEVELS, SYMBOLS, Call, Expr, Number
+from .expr import ATOM, LEVELS, OPERAND_LEVELS, SYMBOLS, Call, Expr, Leaf, Number
 from .functions import FUNCTIONS
 
 if TYPE_CHECKING:
@@ -103,8 +103,9 @@ def host_text(expr: Expr) -> str:
 def _host(expr: Expr) -> tuple[str, int]:
     if isinstance(expr, Number):
         return repr(float(expr.value)), LEVELS["neg"] if expr.value < 0 else ATOM
-    if not isinstance(expr, Call):
+    if isinstance(expr, Leaf):
         return expr.name, ATOM
+    assert isinstance(expr, Call), type(expr)
     args = [_host(arg) for arg in expr.args]
     if expr.function in FUNCTIONS:
         name = FUNCTIONS[expr.function].torch

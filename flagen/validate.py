@@ -269,7 +269,8 @@ def check_roles(spec: Spec) -> None:
 def _check_names(spec: Spec) -> None:
     seen: dict[str, Input | Scalar] = {}
     for _, expr in spec.roles:
-        for leaf in (*expr.inputs, *expr.scalars):
+        named: tuple[Input | Scalar, ...] = (*expr.inputs, *expr.scalars)
+        for leaf in named:
             other = seen.setdefault(leaf.name, leaf)
             if other == leaf:
                 continue

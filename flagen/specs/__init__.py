@@ -25,4 +25,5 @@ def get(name: str) -> Spec:
         close = difflib.get_close_matches(str(name), _NAMES, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise SpecError(f"no shipped spec is named {name!r}; {hint}the shipped specs are {', '.join(_NAMES)}")
-    return getattr(importlib.import_module(f".{name}", __name__), name)
+    spec: Spec = getattr(importlib.import_module(f".{name}", __name__), name)
+    return spec
