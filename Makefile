@@ -8,12 +8,13 @@ STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 INTERPRETED := $(wildcard tests/kernels/test_interp_*.py)
 
-.PHONY: help demo test check format regen clean
+.PHONY: help demo test check hooks format regen clean
 
 help:
 	@echo "make demo    compile the shipped specs and the README's, run them, show the errors against the reference"
 	@echo "make test    the test suite, without a GPU in under 20 minutes on two cores"
-	@echo "make check   lint, format and the checked-in generated/ files"
+	@echo "make check   lint, format, types, what must not occur, and the checked-in generated/ files"
+	@echo "make hooks   have git run the same before each commit"
 	@echo "make format  format the sources"
 	@echo "make regen   write generated/ anew"
 	@echo "make clean   remove .venv and what builds and tests leave"
@@ -29,10 +30,17 @@ test: $(STAMP)
 	env -u TRITON_INTERPRET $(PYTEST) || { code=$$?; [ $$status -ne 0 ] || status=$$code; }; \
 	exit $$status
 
+# the commands of .pre-commit-config.yaml, in the same order
 check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python tests/bans.py
 	$(BIN)/python -m flagen regen --check
+
+hooks: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt 'pre-commit >= 4'
+	$(BIN)/pre-commit install
 
 format: $(STAMP)
 	$(BIN)/ruff check --select I --fix
@@ -42,7 +50,7 @@ regen: $(STAMP)
 	$(BIN)/python -m flagen regen
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(STAMP):
