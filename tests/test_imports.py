@@ -1,4 +1,4 @@
-"""What may import what, what flagen adds to a process, and what its sources know of models (bans.py: what is banned)."""
+"""What may import what, what flagen adds to a process, what its sources know of models. (What is banned: bans.py.)"""
 
 from __future__ import annotations
 
