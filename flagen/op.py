@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import op_text, reference
-from .checks import Checks
+from .checks import Checks, Sizes
 from .op_library import Operators
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 State = Tensor | tuple[Tensor, Tensor]
 _MISSING = object()
+MAX_PASSED = 4096  # forms of calls that are remembered as right
 
 
 class Op:
@@ -59,6 +60,7 @@ class Op:
         self._scalar_names = tuple(one.name for one in spec.scalars)
         self._casts = _cast_by_autocast(spec)
         self._checks = Checks(analysis, _triton_devices(backend), backend == "triton")
+        self._passed: dict[tuple[Any, ...], Sizes] = {}
         options = () if origin is None else origin[1]
         identity = "\n".join((spec.to_json(), backend, repr(options), source))
         self._operators = Operators(analysis, self._checks, torch_backend, triton_backend, identity)
@@ -77,8 +79,9 @@ class Op:
             tensors, scalars = self._bound(tensors, named)
         else:
             scalars = ()
-        sizes = self._checks.tensors(tensors, cu_seqlens)
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        sizes = self._checks.tensors(tensors, cu_seqlens) if compiling else self._sizes(tensors, cu_seqlens)
+        if not compiling:
             self._refuse_transforms(tensors)
         scale = self._scale(scale, sizes.K)
         state = self._checks.state("initial_state", initial_state, sizes, tensors[0].device)
@@ -88,7 +91,10 @@ class Op:
         want_final = bool(output_final_state)
         if _recorded((*tensors, *state)):
             settings = (scalars, scale, want_final)
-            o, *rest = _Attention.apply(self, settings, cu_seqlens, len(tensors), *tensors, *state)
+            # a function with setup_context is what transforms and compilation need, and takes twice as long to apply
+            traced = compiling or torch._C._are_functorch_transforms_active()
+            function = _Attention if traced else _EagerAttention
+            o, *rest = function.apply(self, settings, cu_seqlens, len(tensors), *tensors, *state)
             final = rest[: self._checks.parts] if want_final else ()
         else:
             o, final, _ = self._operators.forward(tensors, state, cu_seqlens, scalars, scale, want_final, False)
@@ -101,13 +107,14 @@ class Op:
             tensors, scalars = self._bound(tensors, named, step=True, state=state)
         else:
             scalars = ()
-        sizes = self._checks.tensors(tensors, None, step=True)
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        sizes = self._checks.tensors(tensors, None, True) if compiling else self._sizes(tensors, None, True)
+        if not compiling:
             self._refuse_transforms(tensors)
         parts = self._checks.written_state(state, sizes, tensors[0].device)
         tensors, scale = self._autocast(tensors), self._scale(scale, sizes.K)
         with torch.no_grad():
-            if self._checks.complex and torch.compiler.is_compiling():
+            if self._checks.complex and compiling:
                 # Inductor (torch 2.13) has no operators that mutate a complex tensor
                 o, (final,), _ = self._operators.forward(tensors, parts, None, scalars, scale, True, False)
                 parts[0].copy_(final)
@@ -161,6 +168,23 @@ class Op:
                 raise TypeError(f"{name}: {error}; it is called as {call}") from None
         tensors = (*tensors, *(named[name] for name in keywords))
         return tensors, self._checks.scalars([named[name] for name in self._scalar_names])
+
+    def _sizes(self, tensors: tuple[Tensor, ...], cu_seqlens: Tensor | None, step: bool = False) -> Sizes:
+        """What checks.tensors gives. It looks at nothing but these: a call of a form that passed once is right."""
+        form: list[Any] = [step]
+        try:
+            for x in tensors if cu_seqlens is None else (*tensors, cu_seqlens):
+                form += (x.shape, x.dtype, x.device)
+            key = tuple(form)
+            sizes = self._passed.get(key)
+        except (AttributeError, TypeError):  # no tensors, or sizes that are symbols
+            return self._checks.tensors(tensors, cu_seqlens, step)
+        if sizes is None:
+            sizes = self._checks.tensors(tensors, cu_seqlens, step)
+            if len(self._passed) >= MAX_PASSED:
+                self._passed.clear()
+            self._passed[key] = sizes
+        return sizes
 
     def _scale(self, scale: float | None, key_channels: int) -> float:
         if scale is not None:
@@ -222,16 +246,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         op, settings, cu_seqlens, count, *tensors = inputs
-        normalized = op._checks.parts == 2
-        ends = 1 + (op._checks.parts if settings[2] else 0)
-        # the initial state is read for its form alone, where it gets a gradient
-        need_initial = any(ctx.needs_input_grad[4 + count :])
-        initial = tensors[count:] if need_initial else ()
-        ctx.op, ctx.settings, ctx.count, ctx.states = op, settings, count, len(initial)
-        ctx.initial_count = len(tensors) - count
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[ends:])
-        ctx.save_for_backward(cu_seqlens, output[0] if normalized else None, *tensors[:count], *initial, *output[ends:])
+        saved = output[1 + (op._checks.parts if settings[2] else 0) :]
+        ctx.mark_non_differentiable(*saved)
+        _keep(ctx, op, settings, cu_seqlens, count, tensors, output[0], saved)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, op: Op, *arguments: Any) -> NoReturn:
@@ -245,12 +262,13 @@ class _Attention(torch.autograd.Function):
         d_state = rest[0] if want_final else None
         d_sums = rest[1] if want_final and op._checks.parts == 2 else None
         needs = ctx.needs_input_grad[4 : 4 + count]
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        with torch.no_grad():
-            found = op._operators.backward(
-                d_o, d_state, d_sums, o, saved, inputs, initial, cu_seqlens, scalars, scale, needs, ctx.states > 0
-            )
-        if recorded:
+        arguments = d_o, d_state, d_sums, o, saved, inputs, initial, cu_seqlens, scalars, scale, needs, ctx.states > 0
+        if not torch.is_grad_enabled():
+            found = op._operators.backward(*arguments)
+        else:
+            with torch.no_grad():
+                found = op._operators.backward(*arguments)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             sources = (x for x in (d_o, d_state, d_sums, *inputs, *initial) if x is not None)
             found = _Gradient.apply(op.__name__, len(found), *found, *sources)
         grads, at = [], 0
@@ -259,6 +277,47 @@ class _Attention(torch.autograd.Function):
             at += need
         d_initial = found[at:] if ctx.states else [None] * ctx.initial_count
         return None, None, None, None, *grads, *d_initial
+
+
+class _EagerAttention(torch.autograd.Function):
+    """_Attention for a plain call: what backward reads is kept, not returned."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: Op,
+        settings: tuple[tuple[float, ...], float, bool],
+        cu_seqlens: Tensor | None,
+        count: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        scalars, scale, want_final = settings
+        o, final, saved = op._operators.forward(
+            tensors[:count], tensors[count:], cu_seqlens, scalars, scale, want_final, True
+        )
+        _keep(ctx, op, settings, cu_seqlens, count, tensors, o, saved)
+        return o, *final
+
+    backward = _Attention.backward
+
+
+def _keep(
+    ctx: Any,
+    op: Op,
+    settings: tuple[tuple[float, ...], float, bool],
+    cu_seqlens: Tensor | None,
+    count: int,
+    tensors: Sequence[Tensor],
+    o: Tensor,
+    saved: Sequence[Tensor],
+) -> None:
+    """What backward reads of a call."""
+    # the initial state is read for its form alone, where it gets a gradient
+    initial = tensors[count:] if any(ctx.needs_input_grad[4 + count :]) else ()
+    ctx.op, ctx.settings, ctx.count, ctx.states = op, settings, count, len(initial)
+    ctx.initial_count = len(tensors) - count
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(cu_seqlens, o if op._checks.parts == 2 else None, *tensors[:count], *initial, *saved)
 
 
 class _Gradient(torch.autograd.Function):

@@ -62,6 +62,8 @@ class Operators:
         self.analysis = analysis
         self.checks = checks
         self.normalized = analysis.normalizer is not None
+        # where the counts of heads stand
+        self.heads = [(i, axes.index("h")) for i, axes in enumerate(checks.axes) if "h" in axes]
         self.output = analysis.inputs.index(analysis.spec.value.inputs[0])  # whose dtype is the output's
         self._makers = {False: torch_backend, True: triton_backend}
         self._backends: dict[bool, Any] = {}
@@ -148,9 +150,9 @@ class Operators:
                 need_initial,
             )
         # the layout that the fake implementation promises, and memory of their own
+        found = [x.contiguous() for x in (*d_inputs, *d_initial) if x is not None]
         given = {x.data_ptr() for x in (d_state, d_sums) if x is not None}
-        found = (x.contiguous() for x in (*d_inputs, *d_initial) if x is not None)
-        return [x.clone() if x.data_ptr() in given else x for x in found]
+        return found if not given else [x.clone() if x.data_ptr() in given else x for x in found]
 
     def _step(
         self, inputs: Sequence[Tensor], state: Sequence[Tensor], scalars: Sequence[float], scale: float
@@ -232,7 +234,7 @@ class Operators:
         """A tensor [H] for each of the analysis' constants: fp64 for PyTorch on a CPU, fp32 elsewhere."""
         if not self.analysis.constants and not self.analysis.scalars:
             return ()
-        device, heads = inputs[0].device, self._sizes(inputs)[2]
+        device, heads = inputs[0].device, max([inputs[i].shape[axis] for i, axis in self.heads])
         key = heads, tuple(scalars), device
         found = self._constants.get(key)
         if found is None:
