@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # `as` says to type checkers that the name is public
     from .expr import head as head
     from .expr import heads as heads
     from .expr import k as k
+    from .expr import l2norm as l2norm
     from .expr import log as log
     from .expr import logsigmoid as logsigmoid
     from .expr import maximum as maximum
@@ -68,8 +69,8 @@ _NAMES = {
     "errors": ("CacheError", "ConfigError", "FlagenError", "PlanError", "SpecError"),
     "expr": (
         "Expr", "Input", "Scalar", "head", "heads", "q", "k", "v", "taylor",
-        "abs", "elu", "exp", "log", "logsigmoid", "maximum", "minimum", "relu", "sigmoid", "silu", "softplus", "sqrt",
-        "tanh",
+        "abs", "elu", "exp", "l2norm", "log", "logsigmoid", "maximum", "minimum", "relu", "sigmoid", "silu", "softplus",
+        "sqrt", "tanh",
     ),
     "spec": ("Spec", "SpecWarning"),
 }  # fmt: skip

@@ -7,24 +7,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .expr import NORM, Call, Expr, Index, Input, Scalar, to_text
+from .expr import NORM, ROW_FUNCTIONS, Call, Expr, Index, Input, Scalar, to_text
 from .functions import fold
 from .intervals import interval
 from .parse import parse_derivative
+from .rank_one import canonical_erase, erase_kind
 from .spec import Spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Analysis:
-    """Facts of a spec. Expressions here have their constants replaced by Inputs c0, c1, ... with the axis h.
+    """Facts of a spec. Expressions here have their constants replaced by Inputs c0, c1, ... with the axis h, and each
+    l2norm(x) by an Input unit0, unit1, ... with the axes of x.
 
     constants: what each cN stands for: a largest subexpression without tensor inputs that uses head, heads or a Scalar.
         Its values, one per head, are computed on the host in fp64 (functions.evaluate_host).
-    roles: the roles that are present, in the order query, key, value, log_decay, phase, bonus.
-    gradients: for each role and each tensor input in it, the derivative of the role's expression by that input.
+    units: what each unitN is the l2norm of.
+    roles: the roles that are present, in the order query, key, value, log_decay, phase, bonus, and of an erase either
+        erase_a and erase_b, or erase.
+    gradients: for each role and each tensor input or unit in it, the derivative of the role's expression by that; a
+        unit's name stands for a role whose expression is what it is the l2norm of.
     decay: "none", "scalar", "key" (per key channel) or "value" (per value channel); decay_varies: it has a time axis.
     decay_low: a provable lower bound of log_decay per step (natural log), or None.
     exclusive: there is a bonus, the output reads the state before the update.
+    erase: "none"; "delta" if a, b and key are one vector u but for factors without the axis k, so that S_t = X_t + u
+        (value - erase u^T X_t)^T: the roles are that u as key, the value with the key's factor, and the number erase;
+        "householder" if a and b are such; else "general".
+    erase_previous: erase reads S_{t-1}, not what the decay leaves of it.
     normalizer, normalizer_gradient: f(n) and its derivative, over spec.NORM.
     """
 
@@ -32,6 +41,7 @@ class Analysis:
     inputs: tuple[Input, ...]
     scalars: tuple[Scalar, ...]
     constants: tuple[tuple[Input, Expr], ...]
+    units: tuple[tuple[Input, Expr], ...]
     roles: tuple[tuple[str, Expr], ...]
     gradients: tuple[tuple[str, Input, Expr], ...]
     decay: str
@@ -39,6 +49,8 @@ class Analysis:
     decay_low: float | None
     is_complex: bool
     exclusive: bool
+    erase: str
+    erase_previous: bool
     taylor: int
     normalizer: Expr | None
     normalizer_gradient: Expr | None
@@ -52,6 +64,9 @@ class Analysis:
         if self.decay_low is not None:
             lines[-1] += f", log_decay >= {self.decay_low:.6g}"
         lines += [f"constant {name.name}[head] = {expr}" for name, expr in self.constants]
+        if self.erase != "none":
+            lines.append(f"erase: {self.erase}, reads the {self.spec.erase_reads} state")
+        lines += [f"{one.name} = l2norm({expr})" for one, expr in self.units]
         lines += [f"{role} = {expr}" for role, expr in self.roles]
         lines += [f"d {role} / d {one.name} = {expr}" for role, one, expr in self.gradients]
         if self.normalizer is not None:
@@ -98,9 +113,15 @@ def _leaves(expr: Expr) -> dict[str, Expr]:
 def _analysis(spec: Spec, derivative: Callable[[str, Expr, Input], Expr]) -> Analysis:
     """`derivative`: that of a role's expression (or of "normalizer") by an input."""
     constants: dict[Expr, Input] = {}
-    roles = tuple((role, _hoist(fold(expr), constants)) for role, expr in spec.roles)
+    units: dict[Expr, Input] = {}
+    folded = canonical_erase({role: fold(expr) for role, expr in spec.roles})
+    roles = tuple((role, _hoist(_normalised(expr, units), constants)) for role, expr in folded.items())
+    normalised = tuple((name, _hoist(expr, constants)) for expr, name in units.items())
     gradients = tuple(
-        (role, one, derivative(role, expr, one)) for role, expr in roles for one in spec.inputs if one in expr.inputs
+        (role, one, derivative(role, expr, one))
+        for role, expr in (*roles, *((name.name, expr) for name, expr in normalised))
+        for one in (*spec.inputs, *units.values())
+        if one in expr.inputs
     )
     decay_axes = spec.log_decay.axes if spec.log_decay is not None else ""
     low = interval(spec.log_decay).low if spec.log_decay is not None else -math.inf
@@ -110,6 +131,7 @@ def _analysis(spec: Spec, derivative: Callable[[str, Expr, Input], Expr]) -> Ana
         inputs=spec.inputs,
         scalars=spec.scalars,
         constants=tuple((name, expr) for expr, name in constants.items()),
+        units=normalised,
         roles=roles,
         gradients=gradients,
         decay="none"
@@ -123,6 +145,8 @@ def _analysis(spec: Spec, derivative: Callable[[str, Expr, Input], Expr]) -> Ana
         decay_low=low if math.isfinite(low) else None,
         is_complex=spec.phase is not None,
         exclusive=spec.bonus is not None,
+        erase=erase_kind({role: fold(expr) for role, expr in spec.roles}),
+        erase_previous=spec.erase_reads == "previous",
         taylor=spec.taylor,
         normalizer=normalizer,
         normalizer_gradient=None if normalizer is None else derivative("normalizer", normalizer, NORM),
@@ -138,3 +162,13 @@ def _hoist(expr: Expr, constants: dict[Expr, Input]) -> Expr:
     if isinstance(expr, Call):
         return Call(expr.function, tuple(_hoist(arg, constants) for arg in expr.args))
     return expr
+
+
+def _normalised(expr: Expr, units: dict[Expr, Input]) -> Expr:
+    """`expr` with each l2norm replaced by an input that stands for it; `units` holds what each is the l2norm of."""
+    if not isinstance(expr, Call):
+        return expr
+    if expr.function in ROW_FUNCTIONS:
+        (argument,) = expr.args
+        return units.setdefault(argument, Input(f"unit{len(units)}", argument.axes))
+    return Call(expr.function, tuple(_normalised(arg, units) for arg in expr.args))

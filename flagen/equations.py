@@ -44,6 +44,10 @@ def plain(spec: Spec) -> list[str]:
     decay = _plain_decay(spec, write)
     before = {"value": "S_{t-1} " + decay, "": "S_{t-1}"}.get(_decay_kind(spec), f"{decay} S_{{t-1}}")
     lines = [f"S_t = {before} + {update}"]
+    if spec.erase is not None:
+        a, b = (write.vector(expr) for expr in spec.erase)
+        kept, read, after = _corrected(spec, before, "S_{t-1}", "X_t")
+        lines = [f"S_t = {kept} - {b} ({a}^T {read}) + {update}", *(f"X_t = {line}" for line in after)]
     read = "S_t"
     if spec.bonus is not None:
         read = f"(S_{{t-1}} + {_weighted(spec.bonus, write, write.text(spec.bonus))} {update})"
@@ -59,6 +63,13 @@ def plain(spec: Spec) -> list[str]:
     if spec.taylor:
         lines.append(f"f(x)^T f(y) = {'1 + x^T y' if spec.taylor == 1 else '1 + x^T y + (x^T y)^2 / 2'}")
     return lines
+
+
+def _corrected(spec: Spec, decayed: str, previous: str, name: str) -> tuple[str, str, list[str]]:
+    """What an erasing spec keeps of the state, what it reads of it, and the equation of what has a name."""
+    if spec.erase_reads == "previous" or decayed == previous:
+        return decayed, previous, []
+    return name, name, [decayed]
 
 
 def _is_call(expr: Expr) -> bool:
@@ -127,7 +138,13 @@ def latex(spec: Spec) -> str:
         numerator = rf"\operatorname{{Re}}\left({numerator}\right)"
     if spec.normalizer is not None:
         numerator = rf"\frac{{{numerator}}}{{{_latex(spec.normalizer)[0]}}}"
-    lines = [f"S_t &= {before} + {update}", f"o_t &= {numerator}"]
+    lines = [f"S_t &= {before} + {update}"]
+    if spec.erase is not None:
+        a, b = (_vector_latex(expr) for expr in spec.erase)
+        kept, read, after = _corrected(spec, before, "S_{t-1}", "X_t")
+        erased = rf"{b} \left({a}^{{\top}} {read}\right)"
+        lines = [f"S_t &= {kept} - {erased} + {update}", *(f"X_t &= {line}" for line in after)]
+    lines.append(f"o_t &= {numerator}")
     if spec.normalizer is not None:
         lines.append(r"n &= \text{the numerator with value } 1")
     if spec.taylor:

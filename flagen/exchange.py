@@ -3,8 +3,9 @@
     {"flagen_spec": 1, "name": "gla", "inputs": [{"name": "q", "axes": "b t h k"}, ...], "query": "q", "key": "k",
      "value": "v", "log_decay": "g"}
 
-Optional: log_decay, phase, bonus, feature_map ("taylor(2)" or an expression over x), normalize (true or an expression
-over n), eps, scale, scalars (a list of names); an input may have low and high. Every other field is refused.
+Optional: log_decay, phase, bonus, erase (a list of two expressions), erase_reads ("previous"), feature_map ("taylor(2)"
+or an expression over x), normalize (true or an expression over n), eps, scale, scalars (a list of names); an input may
+have low and high. Every other field is refused.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ FORMAT = 1
 MAX_JSON = 65_536  # characters
 _FIELDS = {
     "flagen_spec": int, "name": str, "inputs": list, "scalars": list, "query": str, "key": str, "value": str,
-    "log_decay": str, "phase": str, "bonus": str, "feature_map": str, "normalize": (bool, str), "eps": (int, float),
-    "scale": (int, float),
+    "log_decay": str, "phase": str, "bonus": str, "erase": list, "erase_reads": str,
+    "feature_map": str, "normalize": (bool, str), "eps": (int, float), "scale": (int, float),
 }  # fmt: skip
 _REQUIRED = ("flagen_spec", "name", "inputs", "query", "key", "value")
 _INPUT_FIELDS = {"name": str, "axes": str, "low": (int, float), "high": (int, float)}
@@ -41,6 +42,10 @@ def to_json(spec: Spec) -> str:
     for role in ("log_decay", "phase", "bonus"):
         if (expr := getattr(spec, role)) is not None:
             data[role] = to_text(expr)
+    if spec.erase is not None:
+        data["erase"] = [to_text(expr) for expr in spec.erase]
+    if spec.erase_reads != "decayed":
+        data["erase_reads"] = spec.erase_reads
     if spec.feature_map is not None:
         data["feature_map"] = str(spec.feature_map)
     if spec.normalize is not False:
@@ -75,6 +80,10 @@ def spec_arguments(text: str) -> dict[str, Any]:
     for role in ("query", "key", "value", "log_decay", "phase", "bonus"):
         if role in data:
             arguments[role] = parse(data[role], known, f"{name}: {role}")
+    if "erase" in data:
+        arguments["erase"] = _pair(name, data["erase"], known)
+    if "erase_reads" in data:
+        arguments["erase_reads"] = data["erase_reads"]
     if "feature_map" in data:
         arguments["feature_map"] = _feature_map(name, data["feature_map"], scalars | indices)
     normalize = data.get("normalize", False)
@@ -161,6 +170,13 @@ def _scalars(spec: str, names: list[Any]) -> dict[str, Expr]:
     return scalars
 
 
+def _pair(spec: str, texts: list[Any], known: dict[str, Expr]) -> tuple[Expr, Expr]:
+    if len(texts) != 2:
+        raise SpecError(f"{spec}: erase must list two expressions, a and b, got {len(texts)}")
+    a, b = texts
+    return parse(a, known, f"{spec}: erase_a"), parse(b, known, f"{spec}: erase_b")
+
+
 def _feature_map(spec: str, text: str, known: dict[str, Expr]) -> Taylor | Expr:
     for order in (1, 2):
         if text == f"taylor({order})":
@@ -171,7 +187,8 @@ def _feature_map(spec: str, text: str, known: dict[str, Expr]) -> Taylor | Expr:
 
 
 def _check_used(spec: str, arguments: dict[str, Any], scalars: dict[str, Expr]) -> None:
-    used = {scalar.name for value in arguments.values() if isinstance(value, Expr) for scalar in value.scalars}
+    values = (*arguments.values(), *arguments.get("erase", ()))
+    used = {scalar.name for value in values if isinstance(value, Expr) for scalar in value.scalars}
     unused = sorted(set(scalars) - used)
     if unused:
         raise SpecError(f"{spec}: the scalar {unused[0]!r} is used by no expression; leave it out")

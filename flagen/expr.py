@@ -32,6 +32,9 @@ FUNCTION_ARITY = {
     "minimum": 2,
     "maximum": 2,
 }
+# functions of a whole vector of key channels, not element by element; where they may stand is validate's business
+ROW_FUNCTIONS = {"l2norm": 1}
+L2NORM_EPS = 1e-6
 OPERATORS = ("add", "sub", "mul", "div", "pow", "neg")
 # limits of one expression, however it is written; they keep every step after this one quick
 MAX_NODES = 500
@@ -187,7 +190,8 @@ class Input(Leaf):
 
 @dataclass(frozen=True, slots=True)
 class Call(Expr):
-    """An operator of OPERATORS, a function of FUNCTION_ARITY, or (in derivatives only) one of DERIVATIVE_FUNCTIONS."""
+    """An operator of OPERATORS, a function of FUNCTION_ARITY or ROW_FUNCTIONS, or (in derivatives only) one of
+    DERIVATIVE_FUNCTIONS."""
 
     function: str
     args: tuple[Expr, ...]
@@ -323,6 +327,15 @@ def _function(name: str) -> Callable[..., Expr]:
 exp, log, sqrt, abs, sigmoid, logsigmoid, softplus, tanh, relu, silu, elu, minimum, maximum = (
     _function(name) for name in FUNCTION_ARITY
 )
+
+
+def l2norm(x: Operand) -> Expr:
+    """x / sqrt(sum of x^2 over the key channels + 1e-6): a vector of unit norm, or shorter where x is tiny.
+
+    It may stand anywhere in query, key and erase, as in beta * l2norm(silu(k)); x must have the axis k.
+    """
+    return _call("l2norm", x)
+
 
 head, heads = Index("head"), Index("heads")
 q, k, v = Input("q", "bthk"), Input("k", "bthk"), Input("v", "bthv")

@@ -13,7 +13,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import SpecError
-from .expr import ATOM, LEVELS, OPERAND_LEVELS, SYMBOLS, Call, Expr, Index, Leaf, Number, Scalar
+from .expr import (
+    ATOM,
+    L2NORM_EPS,
+    LEVELS,
+    OPERAND_LEVELS,
+    ROW_FUNCTIONS,
+    SYMBOLS,
+    Call,
+    Expr,
+    Index,
+    Leaf,
+    Number,
+    Scalar,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -177,11 +190,18 @@ def _host_call(function: str, args: list[float]) -> float:
     return float(FUNCTIONS[function].python(*args))
 
 
-def evaluate(expr: Expr, env: Mapping[str, Any], heads: int) -> Any:
-    """The value of `expr` in torch, by elementwise operations that autograd follows.
+def l2norm(x: torch.Tensor, channel: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / sqrt(sum of x^2 over the axis `channel` + eps), and what x was multiplied by, with 1 for that axis."""
+    factor = (x * x).sum(channel, keepdim=True).add(L2NORM_EPS).rsqrt()
+    return x * factor, factor
+
+
+def evaluate(expr: Expr, env: Mapping[str, Any], heads: int, channel: int = -1) -> Any:
+    """The value of `expr` in torch, by operations that autograd follows.
 
     `env` gives each input as a tensor that broadcasts with the others, each scalar as a float, and `head`, where the
-    expression uses it, as a tensor. The dtype is that of the tensors; without any tensor the result is a float.
+    expression uses it, as a tensor. `channel`: the tensors' axis of key channels, for l2norm. The dtype is that of the
+    tensors; without any tensor the result is a float.
     """
     if isinstance(expr, Number):
         return expr.value
@@ -190,7 +210,9 @@ def evaluate(expr: Expr, env: Mapping[str, Any], heads: int) -> Any:
     if isinstance(expr, Leaf):
         return env[expr.name]
     assert isinstance(expr, Call), type(expr)
-    args = [evaluate(arg, env, heads) for arg in expr.args]
+    args = [evaluate(arg, env, heads, channel) for arg in expr.args]
+    if expr.function in ROW_FUNCTIONS:
+        return l2norm(args[0], channel)[0]
     tensors = [arg for arg in args if not isinstance(arg, (int, float))]
     if not tensors:
         return _host_call(expr.function, [float(arg) for arg in args])
@@ -227,7 +249,7 @@ def fold(expr: Expr) -> Expr:
         return expr
     args = tuple(fold(arg) for arg in expr.args)
     numbers = [float(arg.value) for arg in args if isinstance(arg, Number)]
-    if len(numbers) == len(args):
+    if len(numbers) == len(args) and expr.function not in ROW_FUNCTIONS:
         value = _host_call(expr.function, numbers)
         if not math.isfinite(value):
             raise SpecError(f"{expr} is {value}; write an expression with a finite value")
@@ -243,7 +265,8 @@ def fold(expr: Expr) -> Expr:
 def triton_text(expr: Expr, names: Mapping[Expr, str]) -> str:
     """`expr` as Triton text over fp32 values, with no more parentheses than it needs.
 
-    `names` gives the text of each Input, Index and Scalar. x ** n is a product for a whole number n up to 16, and
+    `names` gives the text of each Input, Index and Scalar, and of each call of a row function, which is not written out
+    here. x ** n is a product for a whole number n up to 16, and
     elsewhere exp(n * log(x)), right for x >= 0.
     """
     text, _ = _triton(fold(expr), names)
@@ -253,7 +276,7 @@ def triton_text(expr: Expr, names: Mapping[Expr, str]) -> str:
 def _triton(expr: Expr, names: Mapping[Expr, str]) -> tuple[str, int]:
     if isinstance(expr, Number):
         return repr(float(expr.value)), LEVELS["neg"] if expr.value < 0 else ATOM
-    if not isinstance(expr, Call):
+    if not isinstance(expr, Call) or expr.function in ROW_FUNCTIONS:
         return names[expr], ATOM
     if expr.function == "pow":
         base, exponent = expr.args

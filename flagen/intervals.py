@@ -195,6 +195,11 @@ def _whole_power(base: Interval, n: int) -> Interval:
     return _hull(ends)
 
 
+def _l2norm(x: Interval) -> Interval:
+    low, high = -1.0 if x.low < 0 else 0.0, 1.0 if x.high > 0 else 0.0
+    return Interval(low, high, x.low < 0 or x.is_positive, x.high > 0 or x.is_negative)
+
+
 _RULES: dict[str, Callable[..., Interval]] = {
     "add": lambda x, y: x + y,
     "sub": lambda x, y: x + -y,
@@ -215,6 +220,7 @@ _RULES: dict[str, Callable[..., Interval]] = {
     "elu": _increasing("elu", infimum=-1.0),
     "minimum": _extremum(min),
     "maximum": _extremum(max),
+    "l2norm": _l2norm,
     "sign": lambda x: Interval(-1.0, 1.0),
     "step": lambda x: Interval(0.0, 1.0),
     "half_step": lambda x: Interval(0.0, 1.0),

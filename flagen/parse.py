@@ -11,7 +11,17 @@ import math
 from collections.abc import Mapping
 
 from .errors import SpecError
-from .expr import DERIVATIVE_FUNCTIONS, FUNCTION_ARITY, MAX_DEPTH, MAX_NODES, MAX_TEXT, Call, Expr, as_expr
+from .expr import (
+    DERIVATIVE_FUNCTIONS,
+    FUNCTION_ARITY,
+    MAX_DEPTH,
+    MAX_NODES,
+    MAX_TEXT,
+    ROW_FUNCTIONS,
+    Call,
+    Expr,
+    as_expr,
+)
 
 _BINARY = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div", ast.Pow: "pow"}
 _HINTS = {
@@ -27,7 +37,8 @@ _HINTS = {
     ast.Lambda: "lambda is not part of an expression's text; write the result over its argument",
 }
 _SYNONYMS = {
-    "max": "maximum", "min": "minimum", "log_sigmoid": "logsigmoid", "swish": "silu", "fabs": "abs", "expit": "sigmoid"
+    "max": "maximum", "min": "minimum", "log_sigmoid": "logsigmoid", "swish": "silu", "fabs": "abs", "expit": "sigmoid",
+    "normalize": "l2norm",
 }  # fmt: skip
 
 
@@ -49,7 +60,8 @@ def parse_derivative(text: str, names: Mapping[str, Expr], where: str = "derivat
 
 
 class _Parser:
-    functions, max_text, max_nodes, max_depth = FUNCTION_ARITY, MAX_TEXT, MAX_NODES, MAX_DEPTH
+    functions = FUNCTION_ARITY | ROW_FUNCTIONS
+    max_text, max_nodes, max_depth = MAX_TEXT, MAX_NODES, MAX_DEPTH
 
     def __init__(self, text: str, names: Mapping[str, Expr], where: str) -> None:
         if not isinstance(text, str):

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .analysis import Analysis
+from .errors import PlanError
 from .expr import Expr, Input, Number
 from .functions import triton_text
 from .plan_parts import Gradient, Kernel, Role, TensorArg, Term, block_name, block_text, leaves
@@ -320,6 +321,21 @@ class Plan:
         return "\n".join(lines)
 
 
+def without_kernels(analysis: Analysis) -> str:
+    """Why an analysed spec has no Triton kernels yet, or "". It then runs as chunkwise PyTorch on every device."""
+    if analysis.erase != "none":
+        return "there are no Triton kernels for erase yet"
+    return "there are no Triton kernels for l2norm yet" if analysis.units else ""
+
+
 def make_plan(analysis: Analysis) -> Plan:
-    """The plan of an analysed spec. Pure: the same analysis gives the same plan and text."""
+    """The plan of an analysed spec. Pure: the same analysis gives the same plan and text.
+
+    Raises PlanError where without_kernels says why there is none.
+    """
+    if reason := without_kernels(analysis):
+        raise PlanError(
+            f"{analysis.spec.name}: {reason}; compile it with backend='auto' or 'torch', which run it as chunkwise "
+            "PyTorch on any device"
+        )
     return Plan(analysis)

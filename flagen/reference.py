@@ -1,6 +1,7 @@
 """The reference: the recurrence of a spec, token by token, in plain PyTorch.
 
     S_t = exp(log_decay_t + i phase_t) * S_{t-1} + key_t value_t^T,    o_t = Re(query_t^T S_t)
+    with erase=(a, b):    S_t = X_t - b_t (a_t^T X_t) + key_t value_t^T,    X_t = exp(log_decay_t) * S_{t-1}
 
 It is made from the spec alone and shares nothing with the kernels but the evaluation of expressions, so that it can
 judge them. Gradients are autograd's. Every option is one of a few rewrites of the same recurrence: the scale multiplies
@@ -34,7 +35,8 @@ class Roles(NamedTuple):
     """A sequence of n tokens, time first. query, key [n, B, H, F] over the expanded features, query scaled; value [n,
     B, H, V], with a last column of ones if there is a normaliser; decay broadcasts to [n, B, H, F, V], complex with a
     phase, or is None; own [n, B, H, 1] with a bonus: the weight of the token's own value, and the output reads the
-    state before the token; or None.
+    state before the token; or None. erase_a, erase_b: as query, with erase; previous: erase_a reads the state before
+    the decay.
     """
 
     query: Tensor
@@ -42,9 +44,13 @@ class Roles(NamedTuple):
     value: Tensor
     decay: Tensor | None
     own: Tensor | None
+    erase_a: Tensor | None = None
+    erase_b: Tensor | None = None
+    previous: bool = False
 
     def split(self, lengths: Sequence[int]) -> list[Roles]:
-        parts = [[None] * len(lengths) if x is None else x.split(list(lengths)) for x in self]
+        count = len(lengths)
+        parts = [x.split(list(lengths)) if isinstance(x, Tensor) else [x] * count for x in self]
         return [Roles(*part) for part in zip(*parts, strict=True)]
 
 
@@ -119,15 +125,20 @@ def _sequence(roles: Roles, state: Tensor, segment: int | None) -> tuple[Tensor,
 
 
 def _tokens(
-    state: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, own: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    state: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, own: Tensor | None,
+    erase_a: Tensor | None, erase_b: Tensor | None, previous: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step of Python per token; what tokens do not share is computed for all of them at once."""
     updates = key.unsqueeze(-1) * value.unsqueeze(-2)
     decays = None if decay is None else decay.unbind(0)
     before, after = [], []
     for t, update in enumerate(updates.unbind(0)):
         before.append(state)
-        state = (state if decays is None else decays[t] * state) + update
+        decayed = state if decays is None else decays[t] * state
+        if erase_a is not None:
+            read = (erase_a[t].unsqueeze(-1) * (state if previous else decayed)).sum(-2, keepdim=True)
+            decayed = decayed - erase_b[t].unsqueeze(-1) * read
+        state = decayed + update
         after.append(state)
     reads = torch.stack(after if own is None else before) if before else updates
     o = (query.unsqueeze(-1) * (reads.real if reads.is_complex() else reads)).sum(-2)
@@ -163,7 +174,11 @@ def _roles(spec: Spec, values: Mapping[str, Tensor | float], sizes: Mapping[str,
         query, key = _features(query, spec.taylor, query=True), _features(key, spec.taylor, query=False)
     if spec.normalizer is not None:
         value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
-    return Roles(query, key, value, None if decay is None else decay.expand(tokens, *decay.shape[1:]), own)
+    decay = None if decay is None else decay.expand(tokens, *decay.shape[1:])
+    if spec.erase is None:
+        return Roles(query, key, value, decay, own)
+    erased = role("erase_a", sizes["k"]), role("erase_b", sizes["k"])
+    return Roles(query, key, value, decay, own, *erased, previous=spec.erase_reads == "previous")
 
 
 def _evaluated(expr: Expr, values: Mapping[str, Tensor | float], heads: int, like: Tensor) -> Tensor:

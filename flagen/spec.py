@@ -2,6 +2,7 @@
 
     S_t = exp(log_decay_t + i phase_t) * S_{t-1} + key_t value_t^T
     o_t = Re(query_t^T S_t)
+    erase=(a, b):    S_t = X_t - b_t (a_t^T X_t) + key_t value_t^T,    X_t = exp(log_decay_t) * S_{t-1}
 
 A spec is a frozen value: equal specs compare equal, hash equal and print the same. Every mistake is caught here, when
 the spec is declared; validate.py holds the rules.
@@ -13,14 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import equations, exchange, validate
+from . import equations, exchange, validate, validate_erase
 from .errors import SpecError
 from .expr import FEATURE, NORM, Expr, Input, Operand, Scalar, Taylor, k, q, substitute, taylor, to_text, v
 from .validate import EPS, SpecWarning
 
 __all__ = ["EPS", "FEATURE", "NORM", "ROLES", "Spec", "SpecWarning", "Taylor", "default_inputs", "taylor"]
 
-ROLES = ("query", "key", "value", "log_decay", "phase", "bonus")
+ROLES = ("query", "key", "value", "log_decay", "phase", "bonus")  # those that are arguments of Spec
+ERASE_ROLES = ("erase_a", "erase_b")
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -34,9 +36,11 @@ class Spec:
     bonus: the output reads S_{t-1} + diag(bonus) key value^T instead of S_t; over any of `b t h k`.
     feature_map: taylor(n), or a function of one expression applied to the finished query and key.
     normalize: divide the output by n + eps, where n is the output with value 1; or a function f(n), to divide by f(n).
+    erase: a pair (a, b) over `b t h k`: before key value^T is added, b times what a reads of the state is taken away.
+    erase_reads: which state a reads: "decayed", after this step's decay, or "previous", S_{t-1}.
     scale: the op's default scale, which multiplies query; None is K ** -0.5.
     inputs: the order of the tensor arguments, as names or Inputs. By default the order in which query, key, value,
-        log_decay, phase and bonus use them; within one expression q, k, v first and the others by name.
+        log_decay, phase, bonus and erase use them; within one expression q, k, v first and the others by name.
 
     After construction an elementwise feature map is composed into `query` and `key`; `feature_map` keeps it as a Taylor
     or as an expression over FEATURE, `normalize` is a bool or an expression over NORM, `inputs` is the tuple of Inputs.
@@ -50,6 +54,8 @@ class Spec:
     log_decay: Expr | None
     phase: Expr | None
     bonus: Expr | None
+    erase: tuple[Expr, Expr] | None
+    erase_reads: str
     feature_map: Taylor | Expr | None
     normalize: bool | Expr
     eps: float
@@ -68,6 +74,8 @@ class Spec:
         log_decay: Operand | None = None,
         phase: Operand | None = None,
         bonus: Operand | None = None,
+        erase: tuple[Operand, Operand] | None = None,
+        erase_reads: str = "decayed",
         feature_map: Taylor | Callable[[Expr], Expr] | Expr | None = None,
         normalize: bool | Callable[[Expr], Expr] | Expr = False,
         eps: float = EPS,
@@ -85,17 +93,31 @@ class Spec:
             if isinstance(feature, Expr) and role in ("query", "key") and expr is not None:
                 expr = substitute(feature, {FEATURE: expr})
             self._set(role, expr)
+        self._set("erase", validate_erase.erase(name, erase))
+        self._set("erase_reads", validate_erase.erase_reads(name, erase_reads, erase is not None))
         self._set("feature_map", feature)
         self._set("normalize", validate.normalizer(name, normalize))
         self._set("eps", validate.eps(name, eps, normalize))
         self._set("scale", validate.scale(name, scale))
         self._set("inputs", ())
         validate.check_roles(self)
+        validate_erase.check_erase(self)
+        validate_erase.check_rows(self)
         self._set("inputs", validate.ordered_inputs(name, default_inputs(self), inputs))
         validate.warn_about_normalizer(self)
 
     def _set(self, attribute: str, value: Any) -> None:
         object.__setattr__(self, attribute, value)
+
+    @property
+    def erase_a(self) -> Expr | None:
+        """What reads the state, of erase; None without."""
+        return None if self.erase is None else self.erase[0]
+
+    @property
+    def erase_b(self) -> Expr | None:
+        """What it is taken from the state with, of erase; None without."""
+        return None if self.erase is None else self.erase[1]
 
     @property
     def taylor(self) -> int:
@@ -117,22 +139,29 @@ class Spec:
     @property
     def roles(self) -> tuple[tuple[str, Expr], ...]:
         """The roles that are present, each with its expression: ("query", ...), ("key", ...), ..."""
-        return tuple((role, getattr(self, role)) for role in ROLES if getattr(self, role) is not None)
+        return tuple((role, expr) for role in (*ROLES, *ERASE_ROLES) if (expr := getattr(self, role)) is not None)
 
     def replace(self, name: str, **changes: Any) -> Spec:
         """A new spec with another name and some arguments of Spec changed; a feature map applies to a new query."""
-        arguments = {role: getattr(self, role) for role in ROLES}
-        arguments |= {"query": self.bare_query, "key": self.bare_key, "feature_map": self.feature_map}
-        arguments |= {"normalize": self.normalize, "eps": self.eps, "scale": self.scale}
+        arguments = self._arguments()
         if self.inputs != default_inputs(self):
             arguments["inputs"] = self.inputs
         unknown = sorted(set(changes) - set(arguments) - {"inputs"})
         if unknown:
             allowed = ", ".join([*arguments, *({"inputs"} - set(arguments))])
             raise SpecError(f"{self.name}.replace: unknown argument {unknown[0]!r}; it takes {allowed}")
+        if changes.get("erase", self) is None:
+            arguments["erase_reads"] = "decayed"
         if "eps" not in changes and changes.get("normalize", True) is not True:
             arguments["eps"] = EPS
         return Spec(name, **(arguments | changes))
+
+    def _arguments(self) -> dict[str, Any]:
+        """What Spec was given, but for its name and the order of the inputs."""
+        arguments: dict[str, Any] = {role: getattr(self, role) for role in ROLES}
+        arguments |= {"query": self.bare_query, "key": self.bare_key, "erase": self.erase}
+        arguments |= {"erase_reads": self.erase_reads, "feature_map": self.feature_map}
+        return arguments | {"normalize": self.normalize, "eps": self.eps, "scale": self.scale}
 
     def to_json(self) -> str:
         """The spec as JSON, with expressions as text. Spec.from_json gives an equal spec back."""
@@ -161,15 +190,20 @@ class Spec:
         return equations.describe(self)
 
     def __repr__(self) -> str:
-        defaults = {"query": q, "key": k, "value": v, "normalize": False, "eps": EPS}
-        arguments = {role: getattr(self, role) for role in ROLES}
-        arguments |= {"query": self.bare_query, "key": self.bare_key, "feature_map": self.feature_map}
-        arguments |= {"normalize": self.normalize, "eps": self.eps, "scale": self.scale}
+        defaults = {"query": q, "key": k, "value": v, "erase_reads": "decayed", "normalize": False, "eps": EPS}
+        arguments = self._arguments()
         shown = [repr(self.name)]
         for key, value in arguments.items():
             if value != defaults.get(key):
-                shown.append(f"{key}={to_text(value) if isinstance(value, Expr) else value}")
+                shown.append(f"{key}={_shown(value)}")
         return f"Spec({', '.join(shown)})"
+
+
+def _shown(argument: Any) -> str:
+    """An argument of Spec as its repr has it."""
+    if isinstance(argument, tuple):
+        return f"({', '.join(to_text(one) for one in argument)})"
+    return repr(argument) if isinstance(argument, str) else str(argument)
 
 
 def default_inputs(spec: Spec) -> tuple[Input, ...]:

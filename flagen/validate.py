@@ -18,6 +18,7 @@ from .expr import (
     MAX_NODES,
     MAX_TEXT,
     NORM,
+    ROW_FUNCTIONS,
     Call,
     Expr,
     Input,
@@ -48,7 +49,8 @@ _KERNEL_NAMES = """
     select scatter tree_level tree_scores tree_apply tree_apply_complex
 """
 KERNEL_NAMES = frozenset(_KERNEL_NAMES.split())
-AXES_OF = {"query": "bthk", "key": "bthk", "value": "bthv", "phase": "bthk", "bonus": "bthk"}
+AXES_OF = {"query": "bthk", "key": "bthk", "value": "bthv", "phase": "bthk", "bonus": "bthk", "erase_a": "bthk",
+           "erase_b": "bthk"}  # fmt: skip
 
 
 class SpecWarning(UserWarning):
@@ -76,7 +78,7 @@ def check_argument_name(spec: str, name: str) -> None:
         raise SpecError(
             f"{where} means the {'index' if name == 'head' else 'number'} of the heads; choose another name"
         )
-    if name in FUNCTION_ARITY or name in DERIVATIVE_FUNCTIONS or name == "taylor":
+    if name in (*FUNCTION_ARITY, *ROW_FUNCTIONS, *DERIVATIVE_FUNCTIONS, "taylor"):
         raise SpecError(f"{where} is a function of the language; choose another name")
     if name.startswith("_") or name.endswith("_"):
         raise SpecError(f"{where} begins or ends with _; such names are kept for generated code, choose another name")
@@ -87,7 +89,7 @@ def check_argument_name(spec: str, name: str) -> None:
     if _is_taken(name):
         raise SpecError(
             f"{where} is one that generated kernels use for themselves, as they do b_*, p_*, i_*, o_*, m_*, G_*, *_sb, "
-            "*_st, *_sh, *_sp, *_kernel, c0, c1, ..., h, z, o, s and t; choose another name"
+            "*_st, *_sh, *_sp, *_kernel, c0, c1, ..., unit0, ..., h, z, o, s and t; choose another name"
         )
     if _is_taken(f"d{name}") or keyword.iskeyword(f"d{name}"):
         raise SpecError(
@@ -99,7 +101,9 @@ def check_argument_name(spec: str, name: str) -> None:
 
 def _is_taken(name: str) -> bool:
     """Whether generated text has the name, or names made like it."""
-    made = re.match(r"([bpiom]|G)_", name) or re.search(r"_(s[bthp]|kernel)$", name) or re.fullmatch(r"c[0-9]+", name)
+    made = (
+        re.match(r"([bpiom]|G)_", name) or re.search(r"_(s[bthp]|kernel)$", name) or re.fullmatch(r"(c|unit)\d+", name)
+    )
     return bool(made) or name in KERNEL_NAMES
 
 
@@ -137,7 +141,10 @@ def check_expr(where: str, expr: Expr) -> Expr:
                 raise SpecError(f"{where}: {to_text(node)} is never a number, its argument is always negative")
     try:
         folded = fold(expr)
-        triton_text(folded, {leaf: f"b_{leaf.name}" for leaf in expr.walk() if hasattr(leaf, "name")})
+        rows = [node for node in folded.walk() if isinstance(node, Call) and node.function in ROW_FUNCTIONS]
+        names = {node: f"b_{getattr(node, 'name', 'unit')}" for node in (*rows, *folded.walk())}
+        for part in (folded, *(row.args[0] for row in rows)):
+            triton_text(part, names)
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from None
     if any(isinstance(node, Call) and node.function == "div" and node.args[1] == Number(0) for node in folded.walk()):
@@ -323,9 +330,9 @@ def _check_axes(spec: str, role: str, expr: Expr) -> None:
             "value": "the value spans the state's columns, v; per key channel use key=",
             "phase": "a phase per value channel would rotate the output",
             "bonus": "the bonus weighs key channels",
-        }[role]
+        }.get(role, "erase reads and writes the state's rows, k")
         raise SpecError(f"{spec}: {role} = {text} has the axis {wrong[0]}, allowed are {' '.join(allowed)}: {reason}")
-    if role in ("query", "key", "value") and axes != allowed:
+    if role in ("query", "key", "value", "erase_a", "erase_b") and axes != allowed:
         missing = " ".join(axis for axis in allowed if axis not in axes)
         raise SpecError(f"{spec}: {role} = {text} lacks the axes {missing}; it must vary over {' '.join(allowed)}")
 

@@ -28,10 +28,11 @@ LAYERS = (
     ("functions",),
     ("intervals", "parse"),
     ("validate",),
+    ("validate_erase",),
     ("equations", "exchange"),
     ("spec",),
     ("specs",),
-    ("derive",),
+    ("derive", "rank_one"),
     ("analysis",),
     ("plan", "plan_*"),
     ("standalone",),
@@ -45,6 +46,7 @@ LAYERS = (
     ("samples", "compare"),
     ("checks", "op", "op_*"),
     ("compiler",),
+    ("cost", "cost_*"),
     ("testing",),
     ("demo*", "cli_*"),
     ("__main__",),
@@ -150,7 +152,7 @@ def outside(tree: ast.AST) -> set[str]:
 STANDARD = set(sys.stdlib_module_names)
 TORCH_MODULES = (
     "torch_*", "triton_*", "schedule*", "reference", "samples", "compare", "testing", "checks", "op", "op_*",
-    "demo*", "cli_*",
+    "demo*", "cli_*", "cost*", "bench*",
 )  # fmt: skip
 
 
