@@ -11,6 +11,7 @@ Where the disk cannot be used the entries stay in memory, with one warning.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -177,8 +178,9 @@ def clear() -> int:
     for path in list(_entry_directories()):
         removed += _removed(path)
     for path in entries_root.iterdir() if entries_root.is_dir() else ():
-        if _STAGING.fullmatch(path.name) and time.time() - path.lstat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its writer has renamed or removed it meanwhile
+            if _STAGING.fullmatch(path.name) and time.time() - path.lstat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
     with _lock:
         _memory.clear()
     return removed

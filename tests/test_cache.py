@@ -1,4 +1,7 @@
-"""The cache: keys, publishing by many processes, damage, directories that others can write, strict modes, listings."""
+"""The cache: keys, publishing, damage, directories that others can write, strict modes, listings.
+
+test_cache_hostile.py has many processes, other users and full disks.
+"""
 
 from __future__ import annotations
 
@@ -109,36 +112,6 @@ def test_another_root_is_another_cache(entry, monkeypatch, tmp_path):
     assert find(KEY) is not None
     monkeypatch.setenv("FLAGEN_CACHE_DIR", str(tmp_path / "other"))
     assert find(KEY) is None
-
-
-RACER = """
-import sys, time
-from flagen import cache
-from tests.test_cache import FACTS, KEY, SOURCE
-time.sleep(max(0.0, float(sys.argv[1]) - time.time()))
-entry = cache.find(KEY) or cache.store(KEY, SOURCE, FACTS)
-assert (entry.source, entry.facts) == (SOURCE, FACTS)
-assert entry.path is not None
-"""
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_eight_processes_at_once(place, damaged):
-    if damaged:
-        store(KEY, SOURCE, FACTS)
-        (place / "v1" / KEY.directory / "kernels.py").write_text("")
-    start = str(time.time() + 3)
-    repository = Path(__file__).parent.parent
-    racers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", RACER, start], cwd=repository, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(8)
-    ]
-    faults = [racer.communicate()[1] for racer in racers]
-    assert [racer.returncode for racer in racers] == [0] * 8, faults
-    assert [path.name for path in (place / "v1").iterdir()] == [KEY.directory]
-    assert [fault for _, fault in verify_all()] == [""]
 
 
 def test_the_loser_of_a_race_takes_the_winners_entry(place, monkeypatch):
