@@ -269,17 +269,19 @@ def _tuple(state: Any) -> tuple[Tensor, ...]:
 def compared(case: Case, got: Results, want: Results) -> list[Row]:
     """A row for the output, each final state and each gradient that is there."""
     spec, dtype, (of_output, of_states) = case.spec, case.dtype, case.dtypes
-    rows = [row("o", got.o, want.o, limit_of(dtype, "o"), dtype=of_output)]
+    # the output has the dtype of value's first input, a gradient that of its input, which may be coarser than the rest
+    rows = [row("o", got.o, want.o, max(limit_of(kind, "o") for kind in (dtype, of_output)), dtype=of_output)]
     for part, x, y in zip("Sz", got.final, want.final, strict=False):
         rows.append(row(f"final_state {part}", x, y, limit_of(dtype, "o"), dtype=of_states))
-    for one, x, y in zip(spec.inputs, got.d_inputs, want.d_inputs, strict=True):
+    for one, given, x, y in zip(spec.inputs, case.inputs, got.d_inputs, want.d_inputs, strict=True):
         if y is None:
             continue
+        limit = max(limit_of(kind, kind_of(spec, one)) for kind in (dtype, given.dtype))
         how = {"channels": one.axes[-1] in "kv", "floor": _floor(case, one, y, want.rate)}
-        found = row(f"d {one.name}", x, y, limit_of(dtype, kind_of(spec, one)), **how)
+        found = row(f"d {one.name}", x, y, limit, **how)
         if not found.ok and not found.fault and not set("bth") <= set(one.axes):
             how["floor"] = max(how["floor"], _terms(case, one))
-            found = row(f"d {one.name}", x, y, found.limit, **how)
+            found = row(f"d {one.name}", x, y, limit, **how)
         rows.append(found)
     for part, x, y in zip("Sz", got.d_initial, want.d_initial, strict=False):
         if y is None:
@@ -314,11 +316,11 @@ def _terms(case: Case, one: Input) -> float:
     for entry in data["inputs"]:
         if entry["name"] == one.name:
             entry["axes"] = " ".join(axes)
-    wide = dataclasses.replace(case, spec=type(case.spec).from_json(json.dumps(data)))
     place = case.spec.inputs.index(one)
     given = case.inputs[place].detach().double().requires_grad_()
     spread = _spread(given, one, case)
-    wide = dataclasses.replace(wide, inputs=(*case.inputs[:place], spread.detach(), *case.inputs[place + 1 :]))
+    inputs = (*case.inputs[:place], spread.detach().requires_grad_(), *case.inputs[place + 1 :])
+    wide = dataclasses.replace(case, spec=type(case.spec).from_json(json.dumps(data)), inputs=inputs)
     terms = wide.reference(None).d_inputs[place]
     squares = torch.autograd.grad(spread, given, terms.square())[0]
     return float((squares.sum(-1) if one.axes[-1] in "kv" else squares).mean().sqrt())
@@ -358,7 +360,8 @@ def _decoded(case: Case, tokens: int, got: Results, want: Results) -> list[Row]:
     for t in range(time - tokens, time):
         now = case.tokens(t, t + 1)
         outputs.append(case.op.step(*now, **case.scalars, scale=case.options["scale"], state=case.public(states)))
-    rows = [row("step o", torch.cat(outputs, 1), want.o[:, time - tokens :], limit_of(dtype, "o"))]
+    limit = max(limit_of(kind, "o") for kind in (dtype, case.dtypes[0]))
+    rows = [row("step o", torch.cat(outputs, 1), want.o[:, time - tokens :], limit)]
     for part, x, y in zip("Sz", states, want.final, strict=False):
         rows.append(row(f"step state {part}", x, y, limit_of(dtype, "o")))
     return rows

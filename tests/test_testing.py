@@ -312,6 +312,49 @@ def test_check_takes_inputs():
         check(Honest(spec), inputs={name: inputs[name] for name in "qkv"}, device="cpu")
 
 
+class _Added(torch.autograd.Function):
+    """Right forward, a gradient with something added."""
+
+    @staticmethod
+    def forward(ctx, x, more):
+        ctx.more = more
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + ctx.more, None
+
+
+def test_a_gradient_that_is_a_sum_is_compared_with_the_size_of_its_terms():
+    c, wide = Input("c", "h"), Input("c", "b t h")
+    spec, each = Spec("summed", value=v * exp(c)), Spec("each", value=v * exp(wide))
+    sizes = {"B": 2, "T": 30, "H": 1, "K": 4, "V": 4}
+
+    def terms(seed):
+        """The terms of c's gradient, as check's own random gradients have them."""
+        given = {name: x.double() for name, x in make_inputs(spec, **sizes, seed=seed).items()}
+        given["c"] = given["c"].expand(2, 30, 1).clone().requires_grad_()
+        o, _ = reference.run(each, tuple(given.values()))
+        do = torch.randn(o.shape, generator=torch.Generator().manual_seed(seed + 1))
+        return torch.autograd.grad(o, given["c"], do.to(o))[0]
+
+    found = ((seed, terms(seed)) for seed in range(500))
+    seed, cancelled = next((seed, x) for seed, x in found if x.sum().abs() < x.square().sum().sqrt() / 20)
+    size = float(cancelled.square().sum().sqrt())
+
+    class Off(Honest):
+        def __call__(self, q, k, v, c, **options):
+            return super().__call__(q, k, v, _Added.apply(c, self.more), **options)
+
+    options = {**sizes, "seed": seed, "device": "cpu", "decode": 0, "initial_state": False, "final_state": False}
+    op = Off(spec)
+    op.more = 0.9 * TOLERANCES[torch.float32]["gate"] * size  # 18 times the limit, of the sum itself
+    assert check(op, **options).ok
+    op.more *= 1.3
+    with pytest.raises(AssertionError, match="d c"):
+        check(op, **options)
+
+
 class _Scaled(torch.autograd.Function):
     """Right forward, a gradient times a factor."""
 
