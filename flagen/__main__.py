@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -58,14 +59,19 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     command("list", "cli_spec:list_specs", "list the shipped specs")
-    show = command("show", "cli_spec:show", "show a spec: equations, inputs, decay, kernels, bytes per token")
+    show = command("show", "cli_spec:show", "show a spec: equations, inputs, decay, kernels, what a call costs")
     show.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
     show.add_argument("--shape", type=_shape, default="1,4096,16,128,128", metavar="B,T,H,K,V",
-                      help="sizes for the input shapes and the bytes (default: %(default)s)")  # fmt: skip
+                      help="sizes for the input shapes and the costs (default: %(default)s)")  # fmt: skip
+    show.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the inputs with channels")
+    show.add_argument(
+        "--device", metavar="NAME", help="h100, h200, a100, b200 or mi300x (default: the GPU here, or h100)"
+    )
     emit = command("emit", "cli_spec:emit_module", "write the kernels of a spec as a module of their own")
     emit.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
     emit.add_argument("-o", "--output", metavar="FILE", help="where to write (default: stdout)")
     _check(command("check", "cli_check:check", "hold specs against their reference, forward, backward and decode"))
+    _fuzz(command("fuzz", "cli_fuzz:fuzz", "hold specs drawn at random against their reference; needs flagen[fuzz]"))
     regen = command("regen", "cli_regen:regen", "write generated/ anew from the shipped specs")
     regen.add_argument("--check", action="store_true", help="write nothing; show what differs and exit with status 1")
     regen.add_argument("--directory", metavar="DIR", help="the directory (default: generated/ of the source checkout)")
@@ -94,6 +100,17 @@ def _check(check: argparse.ArgumentParser) -> None:
     )
 
 
+def _fuzz(fuzz: argparse.ArgumentParser) -> None:
+    fuzz.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    fuzz.add_argument("--backend", choices=("auto", "torch", "triton"), default="auto",
+                      help="what runs the ops (default: auto, Triton on a GPU and torch elsewhere)")  # fmt: skip
+    fuzz.add_argument("--minutes", type=_minutes, default=2.0, metavar="N", help="for how long (default: 2)")
+    fuzz.add_argument("--seed", type=_natural, metavar="S", help="of what is drawn (default: a new one each time)")
+    fuzz.add_argument("--max-specs", type=_positive, metavar="N", help="end after about N distinct specs")
+    fuzz.add_argument("--jobs", type=_positive, metavar="N", help="processes (default: one per core, at most 16)")
+    fuzz.add_argument("--save", metavar="FILE", help="also write every result and failure as a line of JSON")
+
+
 def _shape(text: str) -> dict[str, int]:
     parts = text.split(",")
     if len(parts) != 5 or not all(part.strip().isdigit() and int(part) for part in parts):
@@ -113,6 +130,22 @@ def _shard(text: str) -> tuple[int, int]:
     if not (part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N, such as 1/4")
     return int(part), int(count)
+
+
+def _natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
+    return found
 
 
 def _positive(text: str) -> int:

@@ -19,8 +19,8 @@ _PACKAGE = Path(__file__).parent
 # modules that no generated text depends on; every other one is part of the key, so that a new module never is forgotten
 NOT_SHAPING = (
     "__init__", "__main__", "cache", "cache_key", "checks", "cli*", "compare", "compiler",
-    "config", "demo*", "load", "logs", "op", "op_*", "private", "reference*", "samples", "schedule*", "testing*",
-    "torch_*", "triton_*",
+    "config", "cost*", "demo*", "fuzz*", "load", "logs", "op", "op_*", "private", "reference*", "samples", "schedule*",
+    "testing*", "torch_*", "triton_*",
 )  # fmt: skip
 # the distributions that a version is looked for in
 _DISTRIBUTIONS = {

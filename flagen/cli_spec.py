@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import specs
+from .cli_cost import show_cost
 from .errors import SpecError
 from .spec import Spec
 
@@ -92,6 +93,7 @@ def show(arguments: argparse.Namespace) -> int:
     for kernel in plan.kernels:
         print(f"    {kernel.name} ({kernel.direction}): {kernel.when}")
         print(f"        reads {', '.join(kernel.reads)}; writes {', '.join(kernel.writes)}")
+    show_cost(spec, shape, arguments.dtype, arguments.device)
     _show_bytes(plan, shape)
     return 0
 

@@ -1,0 +1,338 @@
+"""The cost model: what it finds launched, its bytes and FLOPs against counts by hand, and that it never guesses in
+silence. tests/test_interp_cost.py holds its counts against kernels that run.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from math import prod
+
+import cases
+import pytest
+import torch
+
+from flagen import compiler, cost, cost_launch, cost_trace, specs
+from flagen.cost_registers import registers
+from flagen.cost_work import Block, CostError, Work, kernels_of
+from flagen.load import load
+from flagen.schedule import HOPPER, Shape
+
+H100 = cost.MACHINES["h100"]
+MB = 1 << 20
+NAMES = ("value_u", "key_u_norm", "norm_max", "taylor_2_row", "phase_key_u", "shared", "fixed_key", "gated_value")
+CHOSEN = [*cases.SHIPPED, *(spec for spec in cases.ALL if spec.name in NAMES)]
+
+
+def sizes_of(spec, B=1, T=1024, H=2, K=32, V=32):
+    return Shape.dense(B, T, H, 16 if spec.taylor else K, V)
+
+
+def estimated(name, B, T, H, K, V, machine=H100, **options):
+    return cost.estimate(specs.get(name), Shape.dense(B, T, H, K, V), torch.bfloat16, machine, **options)
+
+
+def named(stage):
+    """The kernels of a stage by their short names, in order."""
+    return [(one.name.partition("_")[2].removesuffix("_kernel"), one) for one in stage.kernels]
+
+
+# --- what is launched
+
+
+@pytest.mark.parametrize("spec", CHOSEN, ids=lambda spec: spec.name)
+def test_every_kernel_of_every_spec_is_known_and_launched(spec):
+    """A kernel that no call launches, or that holds something unknown, would be missing from tables without a word."""
+    _, entry = compiler.prepare(spec)
+    seen = set()
+    for pieces in (0, 256):
+        found = cost.estimate(
+            spec,
+            sizes_of(spec),
+            change=lambda s, pieces=pieces: dataclasses.replace(s, fwd_L=pieces, bwd_L=pieces),
+        )
+        for stage in (found.forward, found.training, found.backward, found.step):
+            seen |= {one.name for one in stage.kernels if not one.name.startswith("torch.")}
+            assert stage.seconds > 0
+            for one in stage.kernels:
+                assert one.read + one.written > 0, one.name
+    assert seen == set(kernels_of(entry.source))
+
+
+def test_the_module_is_left_as_it_was():
+    plan, entry = compiler.prepare(specs.get("gla"))
+    module = load(entry)
+    before = dict(vars(module))
+    cost_launch.trace(plan, module, entry.source, cost.meta_inputs(specs.get("gla"), Shape.dense(1, 512, 2, 32, 32),
+                                                                   torch.bfloat16), HOPPER)  # fmt: skip
+    assert dict(vars(module)) == before
+
+
+def test_tiles_warps_and_pieces_are_those_of_the_schedule():
+    found = estimated("retnet", 1, 65536, 4, 128, 128)
+    s = found.schedule
+    forward = dict(named(found.forward))
+    pieces = -(-65536 // s.fwd_L)
+    assert pieces > 1
+    assert forward["fwd"].grid == (pieces * 4 * -(-128 // s.fwd.BV), 1, 1)
+    assert (forward["fwd"].num_warps, forward["fwd"].num_stages) == (s.fwd.num_warps, s.fwd.num_stages)
+    assert f"BV={s.fwd.BV}" in forward["fwd"].tile
+    assert [name for name, _ in named(found.forward)] == ["fwd", "scan", "fwd"]
+    assert [name for name, _ in named(found.backward)] == ["bwd_state", "scan", "bwd"]
+    whole = estimated("retnet", 1, 8192, 96, 128, 128)
+    assert [name for name, _ in named(whole.forward)] == ["fwd"]
+
+
+def test_the_schedule_is_that_of_the_device_asked_for():
+    grids = {name: named(estimated("retnet", 1, 65536, 4, 128, 128, cost.MACHINES[name]).forward)[0][1].grid
+             for name in ("a100", "h100", "mi300x")}  # fmt: skip
+    assert len(set(grids.values())) == 3
+
+
+def test_a_longer_sequence_costs_in_proportion():
+    short, long = (estimated("gla", 1, T, 96, 64, 64) for T in (4096, 16384))
+    for one, other in ((short.forward, long.forward), (short.both, long.both)):
+        assert other.moved == pytest.approx(4 * one.moved, rel=0.01)
+        assert other.seconds == pytest.approx(4 * one.seconds, rel=0.02)
+
+
+# --- bytes
+
+
+def test_the_floor_is_each_input_and_output_once():
+    found = estimated("gla", 1, 8192, 96, 128, 128)
+    tensor = 8192 * 96 * 128 * 2
+    assert found.inputs == 4 * tensor
+    assert found.forward.floor == found.training.floor == 5 * tensor
+    assert found.backward.floor == (4 + 1 + 4) * tensor
+    assert found.both.floor == 14 * tensor
+    state = 4 * 96 * 128 * 128
+    assert found.step.floor == 2 * state + 5 * tensor // 8192
+
+
+def test_step_sizes_count_as_fp32():
+    found = estimated("mamba2", 2, 512, 4, 64, 32)
+    tokens = 2 * 512 * 4
+    assert found.inputs == tokens * (2 * 64 * 2 + 32 * 2 + 4) + 4 * 4
+
+
+def test_one_pass_moves_the_floor_and_training_the_states():
+    found = estimated("retnet", 1, 8192, 96, 128, 128)
+    (_, forward), (_, training) = named(found.forward)[0], named(found.training)[0]
+    head_rates = 4 * 96  # log_decay, one number a head
+    assert forward.read + forward.written == found.forward.floor + head_rates
+    states = 96 * (8192 // found.schedule.LC) * 128 * 128 * 2
+    assert training.written - forward.written == states
+    assert found.held == states
+    (_, backward) = named(found.backward)[0]
+    # the states between checkpoints stay in the cache, and are written back once
+    scratch = 96 * (found.schedule.LC // found.schedule.bwd.BT) * 128 * 128 * 2
+    assert backward.read == found.backward.floor - 3 * 8192 * 96 * 128 * 2 + states + head_rates
+    assert backward.written == 3 * 8192 * 96 * 128 * 2 + scratch
+    assert found.extra == states + scratch
+
+
+def test_scratch_that_does_not_fit_the_cache_is_moved():
+    small = dataclasses.replace(H100, cache=MB)
+    less, more = (
+        named(estimated("retnet", 1, 8192, 96, 128, 128, machine).backward)[0][1] for machine in (H100, small)
+    )
+    assert more.read - less.read == 96 * 128 * 128 * 128 * 2  # a state a chunk of 64
+    assert more.asked == less.asked
+
+
+def test_pairs_of_a_decay_per_key_channel_are_counted():
+    found = estimated("gla", 1, 8192, 96, 128, 128)
+    (_, intra), (_, serial) = named(found.forward)
+    tensor, pairs = 8192 * 96 * 128 * 2, 8192 * 96 * found.schedule.intra.BT * 2
+    assert (intra.read, intra.written) == (3 * tensor, pairs)
+    assert (serial.read, serial.written) == (4 * tensor + pairs, tensor)
+
+
+def test_parts_of_gradients_are_summed_by_torch():
+    """A state of 256 channels is taken in blocks of V, each of which gives a part of dq and dk."""
+    found = estimated("retnet", 1, 512, 4, 256, 256)
+    parts = -(-256 // found.schedule.bwd.BV)
+    assert parts > 1
+    sums = [one for one in found.backward.kernels if one.name == "torch.sum"]
+    assert [(one.read, one.written) for one in sums] == 2 * [(parts * 512 * 4 * 256 * 4, 512 * 4 * 256 * 4)]
+    assert found.extra >= 2 * parts * 512 * 4 * 256 * 4
+
+
+def test_memory_of_the_forward_is_the_output_and_what_it_keeps():
+    found = estimated("gla", 1, 4096, 96, 64, 64)
+    output, pairs = 4096 * 96 * 64 * 2, 4096 * 96 * found.schedule.intra.BT * 2
+    assert found.forward.peak == output + pairs
+    assert found.training.peak == output + pairs + found.held
+
+
+# --- FLOPs
+
+
+def test_flops_by_hand():
+    """Per chunk: query key, weights value, query state, key value; the state pass has the last alone."""
+    found = estimated("retnet", 1, 65536, 4, 128, 128)
+    (_, first), _, (_, second) = named(found.forward)
+    BT, BV = found.schedule.fwd.BT, found.schedule.fwd.BV
+    chunks = 65536 // BT * 4 * (128 // BV)
+    update = 2 * 128 * BT * BV
+    assert first.flops == pytest.approx(chunks * update, rel=0.07)  # the last piece is shorter, and pieces are averaged
+    assert second.flops / first.flops == (2 * BT * BT * 128 + 2 * BT * BT * BV + 2 * update) / update
+    assert named(found.forward)[1][1].flops == 0
+    one = estimated("retnet", 1, 8192, 96, 128, 128)
+    kernel = named(one.forward)[0][1]
+    assert kernel.flops == 128 * 96 * (128 // BV) * (2 * BT * BT * 128 + 2 * BT * BT * BV + 2 * update)
+    assert kernel.work.products == 4 * 128
+
+
+def test_products_of_fp32_are_told_apart():
+    low = cost.estimate(specs.get("retnet"), Shape.dense(1, 512, 2, 64, 64), torch.bfloat16)
+    high = cost.estimate(specs.get("retnet"), Shape.dense(1, 512, 2, 64, 64), torch.float32)
+    assert set(low.forward.kernels[0].work.flops) == {"16"}
+    assert set(high.forward.kernels[0].work.flops) == {"tf32x3"}
+    assert set(H100.products) >= {"16", "tf32", "tf32x3", "ieee"}
+
+
+# --- the evaluation of a kernel's text
+
+SOURCE = """
+FLOOR = tl.constexpr(-128.0)
+
+@triton.jit
+def double(b_x, BT: tl.constexpr):
+    return b_x + tl.exp(b_x)
+
+@triton.jit
+def toy_kernel(x, y, n, T, BT: tl.constexpr):
+    o_i = tl.arange(0, BT)
+    b_s = tl.zeros([BT, BT], dtype=tl.float32)
+    for i in range(tl.program_id(0), tl.cdiv(T, BT)):
+        b_x = tl.load(x + o_i[:, None] * BT + o_i[None, :], mask=o_i[:, None] < n, other=0.0)
+        if y is not None:
+            if i % 4 == 0:
+                tl.store(y + o_i[:, None] * BT + o_i[None, :], double(b_s, BT).to(y.dtype.element_ty))
+        b_s = tl.dot(b_x, tl.trans(b_x), tl.maximum(b_s, FLOOR))
+    BODY
+
+def launch(x, y):
+    toy_kernel[(2,)](x, y)
+"""
+X, Y = Block((), "bf16", "x"), Block((), "fp32", "y")
+
+
+def toy(body="tl.debug_barrier()", program=0, **arguments):
+    work, _ = cost_trace.count(SOURCE.replace("BODY", body), "toy_kernel",
+                               {"x": X, "y": Y, "n": 5, "T": 4096, "BT": 16, **arguments}, (program, 0, 0))  # fmt: skip
+    return work
+
+
+def test_a_small_kernel_by_hand():
+    work = toy()
+    turns, tile = 256, 16 * 16
+    assert work.products == turns
+    assert work.flops == {"16": turns * 2 * 16 * tile}
+    assert work.reads == {"x": turns * tile * 2}
+    assert work.writes == {"y": turns / 4 * tile * 4}
+    assert work.special == turns / 4 * tile
+    assert work.barriers == 1
+    assert kernels_of(SOURCE.replace("BODY", "pass")) == ("toy_kernel",)
+
+
+def test_programs_and_absent_tensors_decide():
+    assert toy(program=56).products == 200
+    assert toy(y=None).writes == {}
+    assert toy(y=None).special == 0
+    assert toy(T=32).products == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("b_h = tl.histogram(o_i, BT)", "does not know what 'tl.histogram"),
+        ("b_s = unheard_of(b_s)", "'unheard_of"),
+        ("b_s = b_s @ b_s", "does not know"),
+        ("while n > 0:\n        n = n - 1", "does not know"),
+        ("for i in tl.load(x):\n        pass", "does not know"),
+        ("for i in range(tl.load(x)):\n        pass", "bounds a loop"),
+        ("if tl.load(x) > 0:\n        pass", "whether tl.load"),
+        ("b_s = b_s + tl.zeros([8, BT], dtype=tl.float32)", "do not fit"),
+        ("b_s = b_t", "'b_t' has no value"),
+        ("b_s = b_s[0]", "does not know"),
+    ],
+)
+def test_what_is_not_known_is_an_error(body, message):
+    with pytest.raises(CostError, match=message) as error:
+        toy(body)
+    assert "toy_kernel" in str(error.value)
+
+
+def test_a_launch_with_an_argument_that_the_kernel_lacks():
+    stand = cost_launch._Stand("toy_kernel", ["x"], lambda launch: None)
+    with pytest.raises(CostError, match="toy_kernel is launched with y"):
+        stand[(1,)](x=1, y=2)
+
+
+def test_registers_are_those_of_the_blocks_alive_at_once():
+    text = """
+def kernel(n):
+    b_h = tl.zeros([64, 64])
+    for i in range(n):
+        b_x = tl.load(n)
+        b_k = b_x
+        b_y = b_x + 1
+        b_h = b_h + b_k
+        b_z = b_y * b_x
+        tl.store(n, b_z)
+    b_last = b_h + 1
+    tl.store(n, b_last)
+"""
+    kernel = ast.parse(text).body[0]
+    tile, state = Block((64, 32), "fp32"), Block((64, 64), "fp32")
+    names = {"b_x": tile, "b_k": tile, "b_y": Block((64, 32), "fp32"), "b_z": Block((64, 32), "bf16"), "b_h": state,
+             "o_i": Block((64,), "int32"), "b_last": Block((64, 64), "fp32")}  # fmt: skip
+    # the state, x (under two names, one block) and y
+    assert registers(kernel, names, 4) == (64 * 64 + 2 * 64 * 32) / 128
+    assert registers(kernel, names, 8) == registers(kernel, names, 4) / 2
+    names["b_k"] = Block((64, 32), "fp32")
+    assert registers(kernel, names, 4) == (64 * 64 + 3 * 64 * 32) / 128
+
+
+# --- times
+
+
+def test_the_largest_term_decides():
+    work = Work(products=100)
+    work.flops["16"] = 1e6
+    slow = cost.times(work, 132, 1, 100, H100)
+    assert slow["chain"] == pytest.approx(100 * cost.FITTED.PRODUCT / H100.clock + 1e6 * 132 / 700e12)
+    assert slow["issue"] == pytest.approx(1e6 * 132 / 700e12)
+    # twice the programs: two rounds, or two at once whose slots add up
+    assert cost.times(work, 264, 1, 100, H100)["chain"] == 2 * slow["chain"]
+    assert cost.times(work, 264, 2, 100, H100)["chain"] == slow["chain"]
+    assert cost.times(work, 264, 2, 100, H100)["issue"] == 2 * slow["issue"]
+
+
+def test_spills_make_slots_dearer():
+    work = Work(lanes=1e6)
+    few, many = (cost.times(work, 132, 1, wanted, H100)["issue"] for wanted in (200, 297))
+    assert many / few == pytest.approx(1 + 2 * cost.FITTED.SPILL)
+
+
+def test_no_kernel_is_faster_than_its_bytes():
+    for name in ("retnet", "gla"):
+        for stage in (estimated(name, 1, 8192, 96, 128, 128).both, estimated(name, 8, 1024, 8, 64, 64).both):
+            for one in stage.kernels:
+                assert one.seconds >= max((one.read + one.written) / H100.bandwidth, H100.launch)
+            assert stage.seconds * H100.bandwidth >= stage.floor
+
+
+def test_machines_by_name():
+    assert cost.machine_of("NVIDIA H100 80GB HBM3") is H100
+    assert cost.machine_of("NVIDIA A100-SXM4-80GB").name == "a100"
+    assert cost.machine_of("AMD Instinct MI300X").name == "mi300x"
+    assert cost.machine_of("h100", 2e12).bandwidth == 2e12
+    with pytest.raises(CostError, match="knows no device 'abacus'; it knows h100, h200"):
+        cost.machine_of("abacus")
+    for machine in cost.MACHINES.values():
+        assert machine.measured == (machine is H100)
+        assert prod(machine.products.values()) > 0
