@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
 MOST_JOBS = 16
+_NO_MORE = object()
 
 
 def cores() -> int:
@@ -18,52 +20,61 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(work: Callable[[Any], tuple[Any, bool]], units: list[Any], jobs: int) -> Iterator[tuple[Any, Any]]:
+def run(
+    work: Callable[[Any], tuple[Any, bool]], units: Iterable[Any], jobs: int, patience: float | None = None
+) -> Iterator[tuple[Any, Any]]:
     """Pairs (unit, result) as they come; the result is None where the process died.
 
     work(unit) gives (result, healthy): a process that says it is not healthy is replaced. It must be a function of a
-    module, since processes are started afresh (a GPU cannot be used after a fork).
+    module, since processes are started afresh (a GPU cannot be used after a fork). The next of `units` is asked for
+    when a process is free, so that it may depend on the results before. patience: seconds after which a process that
+    is still at its unit is killed.
     """
-    waiting = list(reversed(units))
-    busy: dict[Connection, tuple[Any, Any]] = {}
+    waiting = iter(units)
+    busy: dict[Connection, tuple[Any, Any, float]] = {}
     context = multiprocessing.get_context("spawn")
 
-    def give(connection: Connection, process: Any) -> None:
-        if waiting:
-            unit = waiting.pop()
-            busy[connection] = process, unit
-            connection.send(unit)
-        else:
-            connection.send(None)
-            connection.close()
+    def give(connection: Connection, process: Any, unit: Any) -> None:
+        busy[connection] = process, unit, time.monotonic()
+        connection.send(unit)
 
-    def start() -> None:
+    def start() -> bool:
+        unit = next(waiting, _NO_MORE)
+        if unit is _NO_MORE:
+            return False
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(work, theirs, max(1, cores() // jobs)), daemon=True)
         process.start()
         theirs.close()
-        give(ours, process)
+        give(ours, process, unit)
+        return True
 
     try:
-        for _ in range(min(jobs, len(units))):
-            start()
+        while len(busy) < jobs and start():
+            pass
         while busy:
-            for connection in cast("list[Connection]", wait(list(busy))):
-                process, unit = busy.pop(connection)
+            for connection in cast("list[Connection]", wait(list(busy), patience and min(patience, 5))):
+                process, unit, _ = busy.pop(connection)
                 try:
                     result, healthy = connection.recv()
                 except (EOFError, OSError):
                     result, healthy = None, False
-                if healthy:
-                    give(connection, process)
-                else:
-                    connection.close()
-                    process.join(10)
-                    if waiting:
-                        start()
                 yield unit, result
+                following = next(waiting, _NO_MORE) if healthy else _NO_MORE
+                if following is not _NO_MORE:
+                    give(connection, process, following)
+                    continue
+                if healthy:
+                    connection.send(None)
+                connection.close()
+                process.join(10)
+                if not healthy:
+                    start()
+            for process, _, began in busy.values():
+                if patience is not None and time.monotonic() - began > patience:
+                    process.kill()  # which ends its connection
     finally:
-        for process, _ in busy.values():
+        for process, _, _ in busy.values():
             process.terminate()
 
 
