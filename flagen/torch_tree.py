@@ -38,7 +38,8 @@ class Tree:
         """This level's part of scores [N, C, C]: [N, blocks, m, m], a view."""
         size, half = self.size, self.half
         strides = (size * size, 2 * half * (size + 1), size, 1)
-        return scores.as_strided((self.batch, size // (2 * half), half, half), strides, half * size)
+        start = scores.storage_offset() + half * size
+        return scores.as_strided((self.batch, size // (2 * half), half, half), strides, start)
 
     def levels(self) -> Iterator[None]:
         self.half = 1
