@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from . import op_text, reference
 from .checks import Checks, Sizes
+from .op_autograd import function_of_a_call
 from .op_library import Operators
 
 if TYPE_CHECKING:
@@ -81,20 +82,17 @@ class Op:
             scalars = ()
         compiling = torch.compiler.is_compiling()
         sizes = self._checks.tensors(tensors, cu_seqlens) if compiling else self._sizes(tensors, cu_seqlens)
-        if not compiling:
-            self._refuse_transforms(tensors)
         scale = self._scale(scale, sizes.K)
         state = self._checks.state("initial_state", initial_state, sizes, tensors[0].device)
+        if not compiling:
+            self._refuse_transforms((*tensors, *state))
         tensors = self._autocast(tensors)
         if cu_seqlens is not None and not (cu_seqlens.dtype is torch.int32 and cu_seqlens.is_contiguous()):
             cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
         want_final = bool(output_final_state)
-        if _recorded((*tensors, *state)):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *state)):
             settings = (scalars, scale, want_final)
-            # a function with setup_context is what transforms and compilation need, and takes twice as long to apply
-            traced = compiling or torch._C._are_functorch_transforms_active()
-            function = _Attention if traced else _EagerAttention
-            o, *rest = function.apply(self, settings, cu_seqlens, len(tensors), *tensors, *state)
+            o, *rest = function_of_a_call().apply(self, settings, cu_seqlens, len(tensors), *tensors, *state)
             final = rest[: self._checks.parts] if want_final else ()
         else:
             o, final, _ = self._operators.forward(tensors, state, cu_seqlens, scalars, scale, want_final, False)
@@ -109,9 +107,9 @@ class Op:
             scalars = ()
         compiling = torch.compiler.is_compiling()
         sizes = self._checks.tensors(tensors, None, True) if compiling else self._sizes(tensors, None, True)
-        if not compiling:
-            self._refuse_transforms(tensors)
         parts = self._checks.written_state(state, sizes, tensors[0].device)
+        if not compiling:
+            self._refuse_transforms((*tensors, *parts))
         tensors, scale = self._autocast(tensors), self._scale(scale, sizes.K)
         with torch.no_grad():
             if self._checks.complex and compiling:
@@ -205,10 +203,14 @@ class Op:
     def _refuse_transforms(self, tensors: tuple[Tensor, ...]) -> None:
         """torch.func.grad and vjp work; a forward-mode derivative would be wrong. The operators refuse vmap."""
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            raise NotImplementedError(
-                f"{self.__name__}: forward-mode derivatives (torch.func.jvp, forward_ad) are not supported; use "
-                f"backward, torch.func.vjp or {self.__name__}.reference"
-            )
+            self.refuse_tangents()
+
+    def refuse_tangents(self) -> NoReturn:
+        """What asks for a forward-mode derivative comes to this."""
+        raise NotImplementedError(
+            f"{self.__name__}: forward-mode derivatives (torch.func.jvp, jacfwd, hessian, forward_ad) are not "
+            f"supported; use backward, torch.func.vjp or {self.__name__}.reference"
+        )
 
     def __repr__(self) -> str:
         return f"<flagen op {op_text.short_call(self.spec)}, backend {self.backend!r}>"
@@ -228,130 +230,10 @@ class Op:
         return self._origin
 
 
-class _Attention(torch.autograd.Function):
-    """The forward operator with its gradient. Arguments: the op, (scalars, scale, want_final), cu_seqlens, the number
-    of inputs, the inputs, the initial state. Outputs: o, the final state, and what backward reads.
-    """
-
-    @staticmethod
-    def forward(
-        op: Op, settings: tuple[tuple[float, ...], float, bool], cu_seqlens: Tensor | None, count: int, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        scalars, scale, want_final = settings
-        o, final, saved = op._operators.forward(
-            tensors[:count], tensors[count:], cu_seqlens, scalars, scale, want_final, True
-        )
-        return o, *final, *saved
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        op, settings, cu_seqlens, count, *tensors = inputs
-        saved = output[1 + (op._checks.parts if settings[2] else 0) :]
-        ctx.mark_non_differentiable(*saved)
-        _keep(ctx, op, settings, cu_seqlens, count, tensors, output[0], saved)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, op: Op, *arguments: Any) -> NoReturn:
-        op._operators.no_vmap(info, in_dims)
-
-    @staticmethod
-    def backward(ctx: Any, d_o: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
-        op, (scalars, scale, want_final), count = ctx.op, ctx.settings, ctx.count
-        cu_seqlens, o, *saved = ctx.saved_tensors
-        inputs, initial, saved = saved[:count], saved[count : count + ctx.states], saved[count + ctx.states :]
-        d_state = rest[0] if want_final else None
-        d_sums = rest[1] if want_final and op._checks.parts == 2 else None
-        needs = ctx.needs_input_grad[4 : 4 + count]
-        arguments = d_o, d_state, d_sums, o, saved, inputs, initial, cu_seqlens, scalars, scale, needs, ctx.states > 0
-        if not torch.is_grad_enabled():
-            found = op._operators.backward(*arguments)
-        else:
-            with torch.no_grad():
-                found = op._operators.backward(*arguments)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            sources = (x for x in (d_o, d_state, d_sums, *inputs, *initial) if x is not None)
-            found = _Gradient.apply(op.__name__, len(found), *found, *sources)
-        grads, at = [], 0
-        for need in needs:
-            grads.append(found[at] if need else None)
-            at += need
-        d_initial = found[at:] if ctx.states else [None] * ctx.initial_count
-        return None, None, None, None, *grads, *d_initial
-
-
-class _EagerAttention(torch.autograd.Function):
-    """_Attention for a plain call: what backward reads is kept, not returned."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        op: Op,
-        settings: tuple[tuple[float, ...], float, bool],
-        cu_seqlens: Tensor | None,
-        count: int,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        scalars, scale, want_final = settings
-        o, final, saved = op._operators.forward(
-            tensors[:count], tensors[count:], cu_seqlens, scalars, scale, want_final, True
-        )
-        _keep(ctx, op, settings, cu_seqlens, count, tensors, o, saved)
-        return o, *final
-
-    backward = _Attention.backward
-
-
-def _keep(
-    ctx: Any,
-    op: Op,
-    settings: tuple[tuple[float, ...], float, bool],
-    cu_seqlens: Tensor | None,
-    count: int,
-    tensors: Sequence[Tensor],
-    o: Tensor,
-    saved: Sequence[Tensor],
-) -> None:
-    """What backward reads of a call."""
-    # the initial state is read for its form alone, where it gets a gradient
-    initial = tensors[count:] if any(ctx.needs_input_grad[4 + count :]) else ()
-    ctx.op, ctx.settings, ctx.count, ctx.states = op, settings, count, len(initial)
-    ctx.initial_count = len(tensors) - count
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(cu_seqlens, o if op._checks.parts == 2 else None, *tensors[:count], *initial, *saved)
-
-
-class _Gradient(torch.autograd.Function):
-    """The gradients, of which no gradient can be asked for: silently it would be zero. Arguments: the op's name, the
-    number of gradients, the gradients, what they depend on.
-    """
-
-    @staticmethod
-    def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.name = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
-        raise NotImplementedError(
-            f"{ctx.name}: has no second derivative, and its gradient was differentiated (create_graph=True, nested "
-            f"torch.func.grad); for small sizes {ctx.name}.reference has all derivatives"
-        )
-
-
-# apply binds its arguments by this signature: with it at hand, a third of the time of a call
-_Attention.forward.__signature__ = inspect.signature(_Attention.forward)
-
-
-def _recorded(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether a derivative may be asked for."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 def _cast_by_autocast(spec: Spec) -> tuple[bool, ...]:
     gates = {one for role, expr in spec.roles if role in ("log_decay", "phase", "bonus") for one in expr.inputs}
+    # of an erase the vectors are cast, the numbers per token are gates
+    gates |= {one for expr in spec.erase or () for one in expr.inputs if "k" not in one.axes}
     return tuple(one not in gates for one in spec.inputs)
 
 

@@ -75,6 +75,8 @@ class Operators:
         self.step = _register(f"{name}_step", STEP, self._step, self._fake_step)
         for kind in ("fwd", "bwd", "step"):
             torch.library.register_vmap(f"{NAMESPACE}::{name}_{kind}", self.no_vmap, lib=_library)
+            # is_grads_batched, and autograd.functional's vectorize, have a vmap of their own
+            _library.impl(f"{name}_{kind}", self.no_batches, "Batched")
 
     def backend(self, device: torch.device) -> Any:
         """What runs on a device."""
@@ -249,10 +251,13 @@ class Operators:
             self._constants[key] = found
         return found
 
+    def no_batches(self, *arguments: Any) -> NoReturn:
+        self.no_vmap(None, None)
+
     def no_vmap(self, info: Any, in_dims: Any, *arguments: Any) -> NoReturn:
         raise NotImplementedError(
             f"{self.checks.name}: torch.vmap over this op or its gradient is not supported (torch.func.jacrev and "
-            "hessian use it too); it has a batch axis of its own: fold the mapped axis into B"
+            "hessian use it too, and is_grads_batched); it has a batch axis of its own: fold the mapped axis into B"
         )
 
 
