@@ -191,9 +191,11 @@ def estimate(
 
     dtype: of inputs with channels; the others, step sizes and scalar gates, are fp32. change: another schedule in place
     of the one that is decided. options: chunk_size, input_precision, as of TritonBackend. Raises CostError where a
-    kernel has something that the model does not know.
+    kernel has something that the model does not know, and where a spec has none.
     """
     plan, entry = prepare(spec)
+    if plan is None:
+        raise CostError(f"{spec.name}: has no kernels, so that the cost model has nothing to count")
     inputs = meta_inputs(spec, shape, dtype)
     traced = trace(plan, load(entry), entry.source, inputs, machine.device, change, **options)
     read = sum(x.numel() * x.element_size() for x in inputs)

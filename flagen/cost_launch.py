@@ -95,8 +95,10 @@ class _Memory(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         given = [x for x in _flat(args) if isinstance(x, Tensor)]
+        for x in given:
+            self.note(x, counts=False)
+        out = func(*args, **(kwargs or {}))
         made = [x for x in _flat((out,)) if isinstance(x, Tensor)]
         mutates = func._schema.is_mutable
         fresh = [x for x in made if self.note(x)]
@@ -107,14 +109,14 @@ class _Memory(TorchDispatchMode):
                 self.calls.launches.append(kernel)
         return out
 
-    def note(self, x: Tensor) -> bool:
-        """Whether the storage is new."""
+    def note(self, x: Tensor, counts: bool = True) -> bool:
+        """Whether the storage is new. counts: not for what was there before the call."""
         storage = x.untyped_storage()
         key = storage._cdata
         if key in self.known:
             return False
         self.known.add(key)
-        size = storage.nbytes()
+        size = storage.nbytes() if counts else 0
         self.alive += size
         self.most = max(self.most, self.alive)
         weakref.finalize(storage, self.gone, key, size)
@@ -124,25 +126,35 @@ class _Memory(TorchDispatchMode):
         self.known.discard(key)
         self.alive -= size
 
-    def watch(self, calls: Calls) -> None:
-        """From now on what happens belongs to `calls`."""
-        self.calls, self.most = calls, self.alive
+    def watch(self) -> Calls:
+        """From now on what happens belongs to new Calls."""
+        self.calls, self.most = Calls(), self.alive
+        return self.calls
+
+    def done(self) -> None:
+        """The peak since then."""
+        self.calls.peak = self.most
 
 
 class _Stand:
     """In place of a kernel: keeps its launches."""
 
-    def __init__(self, name: str, names: list[str], keep: Callable[[Launch], None]) -> None:
-        self.name, self.names, self.keep = name, names, keep
+    def __init__(
+        self, name: str, names: list[str], keep: Callable[[Launch], None], compiled: Callable[..., Any] | None = None
+    ) -> None:
+        self.name, self.names, self.keep, self.compiled = name, names, keep, compiled
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any) -> None:
+        def launch(*args: Any, **kwargs: Any) -> None:
             named = dict(zip(self.names, args, strict=False)) | kwargs
+            num_warps, num_stages = named.pop("num_warps", 4), named.pop("num_stages", 3)
             if unknown := set(named) - set(self.names):
                 raise CostError(f"{self.name} is launched with {', '.join(sorted(unknown))}, which it does not take")
             sizes = tuple(grid(named) if callable(grid) else grid)
             values = {name: _argument(value) for name, value in named.items()}
             self.keep(Launch(self.name, (*sizes, 1, 1)[:3], values, num_warps, num_stages))
+            if self.compiled is not None:
+                self.compiled(*args, grid=sizes, **kwargs)
 
         return launch
 
@@ -165,50 +177,44 @@ def trace(
     inputs: tuple[Tensor, ...],
     device: schedules.Device,
     change: Callable[[Schedule], Schedule] | None = None,
+    compiling: bool = False,
     **options: Any,
 ) -> Traced:
     """What a call with inputs like these would launch on the device; nothing runs.
 
     inputs: meta tensors in the order of the spec's inputs, dense. change: another schedule in place of the one that is
-    decided. options: as of TritonBackend.
+    decided. compiling: what is launched is compiled, for the device that is here. options: as of TritonBackend.
     """
     memory = _Memory()
-    backend = _Backend(plan, _rebound(module, source, memory), device, **options)
+    backend = _Backend(plan, _rebound(module, source, memory, compiling), device, **options)
     if change is not None:
         decided = backend.schedule
         backend.schedule = lambda given, sizes: change(decided(given, sizes))  # type: ignore[method-assign]
-    heads = max(
-        (x.shape[one.axes.index("h")] for x, one in zip(inputs, plan.inputs, strict=True) if one.head), default=1
-    )
-    constants = tuple(torch.empty(heads, device="meta") for _ in plan.analysis.constants)
-    plain, training, backward, step = Calls(), Calls(), Calls(), Calls()
-    backend.forward(inputs, constants, 1.0, (), None, False, False)  # tables that launchers keep are made once
+    one_per_head = torch.empty(backend._sizes(inputs, None).H, device="meta")
+    call = (inputs, (one_per_head,) * len(plan.analysis.constants), 1.0)
+    backend.forward(*call, (), None, False, False)  # tables that launchers keep are made once
     with memory:
-        memory.watch(plain)
-        out = backend.forward(inputs, constants, 1.0, (), None, False, False)
-        plain.peak = memory.most
-        del out
-        memory.watch(training)
-        before = memory.alive
-        out = backend.forward(inputs, constants, 1.0, (), None, False, True)
-        training.peak = memory.most - before
-        held, output = memory.alive - before - nbytes(out.o), nbytes(out.o)
-        do = torch.empty_like(out.o)
-        memory.watch(backward)
-        base = memory.alive - nbytes(do)
-        needs = (True,) * len(inputs)
-        ends = (None,) * (1 + plan.normalized)
-        gradients, _ = backend.backward(do, ends, out.o, out.saved, inputs, constants, 1.0, (), None, needs, False)
-        backward.peak = memory.most - nbytes(do) - (base - held - output)
+        forward = memory.watch()
+        backend.forward(*call, (), None, False, False)
+        memory.done()
+        training = memory.watch()
+        out = backend.forward(*call, (), None, False, True)
+        memory.done()
+        held, output, do = memory.alive - nbytes(out.o), nbytes(out.o), torch.empty_like(out.o)
+        backward = memory.watch()
+        ends, needs = (None,) * (1 + plan.normalized), (True,) * len(inputs)
+        gradients, _ = backend.backward(do, ends, out.o, out.saved, *call, (), None, needs, False)
+        memory.done()
+        backward.peak -= nbytes(do)
         results = sum(map(nbytes, gradients))
-        decided_schedule = backend.schedule(inputs, backend._sizes(inputs, None))
         del out, do, gradients
-        memory.watch(step)
-        states = _states(plan, inputs, backend)
         now = tuple(x.narrow(1, 0, 1) if one.time else x for x, one in zip(inputs, plan.inputs, strict=True))
-        step.launches.clear()
-        backend.step(now, constants, 1.0, states)
-    return Traced(plain, training, backward, step, output, held, results, decided_schedule)
+        states = _states(plan, inputs, backend)
+        step = memory.watch()
+        backend.step(now, *call[1:], states)
+    return Traced(
+        forward, training, backward, step, output, held, results, backend.schedule(inputs, backend._sizes(inputs, None))
+    )
 
 
 def nbytes(x: Tensor) -> int:
@@ -223,13 +229,19 @@ def _states(plan: Plan, inputs: tuple[Tensor, ...], backend: TritonBackend) -> t
     return tuple(torch.empty(x, dtype=kind if i == 0 else torch.float32, device="meta") for i, x in enumerate(shapes))
 
 
-def _rebound(module: types.ModuleType, source: str, memory: _Memory) -> types.SimpleNamespace:
-    """The module's launchers over stand-ins; the module itself is left as it is."""
+def _rebound(module: types.ModuleType, source: str, memory: _Memory, compiling: bool = False) -> types.SimpleNamespace:
+    """The module's launchers over stand-ins; the module itself is left as it is. compiling: what is launched is
+    compiled for the device that is here."""
     kernels = kernels_of(source)
     names = dict(vars(module))
     for name in kernels:
-        taken = names[name].arg_names
-        names[name] = _Stand(name, list(taken), lambda launch: memory.calls.launches.append(launch))
+        kernel = names[name]
+        names[name] = _Stand(
+            name,
+            list(kernel.arg_names),
+            lambda launch: memory.calls.launches.append(launch),
+            kernel.warmup if compiling else None,
+        )
     for name, one in vars(module).items():
         if isinstance(one, types.FunctionType) and one.__module__ == module.__name__:
             names[name] = types.FunctionType(one.__code__, names, name, one.__defaults__, one.__closure__)
