@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from .errors import SpecError
+from .errors import SpecError, shown
 from .expr import FEATURE, NORM, Expr, Input, Scalar, Taylor, head, heads, to_text
 from .parse import parse
 from .validate import EPS, MAX_INPUTS, check_argument_name, check_spec_name
@@ -67,7 +67,7 @@ def spec_arguments(text: str) -> dict[str, Any]:
     data = _load(text)
     _check_fields("a spec", data, _FIELDS, _REQUIRED)
     if data["flagen_spec"] != FORMAT or isinstance(data["flagen_spec"], bool):
-        raise SpecError(f"the spec has format {data['flagen_spec']!r}, this flagen reads format {FORMAT}")
+        raise SpecError(f"the spec has format {shown(data['flagen_spec'])}, this flagen reads format {FORMAT}")
     name = data["name"]
     check_spec_name(name)
     inputs = _inputs(name, data["inputs"])
@@ -133,7 +133,7 @@ def _check_fields(what: str, data: dict[str, Any], fields: dict[str, Any], requi
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise SpecError(
-                f"{what}: the field {field!r} must be {expected}, got {str(value)[:60]!r}; leave out what is absent"
+                f"{what}: the field {field!r} must be {expected}, got {shown(value)}; leave out what is absent"
             )
     for field in required:
         if field not in data:
@@ -146,7 +146,7 @@ def _inputs(spec: str, entries: list[Any]) -> list[Input]:
     inputs = []
     for entry in entries:
         if not isinstance(entry, dict):
-            raise SpecError(f"{spec}: an input must be an object with name and axes, got {str(entry)[:60]!r}")
+            raise SpecError(f"{spec}: an input must be an object with name and axes, got {shown(entry)}")
         _check_fields(f"{spec}: an input", entry, _INPUT_FIELDS, ("name", "axes"))
         inputs.append(Input(entry["name"], entry["axes"], low=entry.get("low"), high=entry.get("high")))
         check_argument_name(spec, entry["name"])

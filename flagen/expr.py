@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from .errors import SpecError
+from .errors import SpecError, shown
 
 AXES = "bthkv"  # batch, time, head, key channel, value channel: the order in which a tensor lists its axes
 INDICES = ("head", "heads")
@@ -42,6 +42,8 @@ MAX_DEPTH = 60
 MAX_TEXT = 4000  # characters
 # appear in derivatives only: sign (0 at 0), step (x > 0 as 0/1), half_step (0.5 at 0)
 DERIVATIVE_FUNCTIONS = ("sign", "step", "half_step")
+_ARITY = FUNCTION_ARITY | ROW_FUNCTIONS | dict.fromkeys(DERIVATIVE_FUNCTIONS, 1)
+_ARITY |= dict.fromkeys(OPERATORS, 2) | {"neg": 1}
 
 
 class Expr:
@@ -140,6 +142,11 @@ Operand = Expr | int | float
 class Number(Expr):
     value: int | float
 
+    def __post_init__(self) -> None:
+        # no subclass of theirs: its repr becomes text
+        if type(self.value) not in (int, float):
+            raise SpecError(f"expected a number, got {type(self.value).__name__}: {shown(self.value)}")
+
 
 class Leaf(Expr):
     """What has a name: an Input, an Index or a Scalar. Every node is a Number, a Leaf or a Call."""
@@ -153,6 +160,10 @@ class Index(Leaf):
     """`head`: the index of the head, from 0. `heads`: how many there are."""
 
     name: str
+
+    def __post_init__(self) -> None:
+        if type(self.name) is not str or self.name not in INDICES:
+            raise SpecError(f"an Index is head or heads, got {shown(self.name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,14 +211,23 @@ class Call(Expr):
     def children(self) -> tuple[Expr, ...]:
         return self.args
 
+    def __post_init__(self) -> None:
+        if type(self.function) is not str or self.function not in _ARITY:
+            raise SpecError(f"{shown(self.function)} is no function of the language; call one of flagen's functions")
+        if len(self.args) != _ARITY[self.function] or not all(isinstance(arg, _NODES) for arg in self.args):
+            raise SpecError(f"{self.function} takes {_ARITY[self.function]} expression(s), got {shown(self.args)}")
+
+
+_NODES = (Number, Index, Scalar, Input, Call)
+
 
 def as_expr(value: Operand) -> Expr:
     """A number as a node; a node as itself. Raises SpecError on anything else."""
-    if isinstance(value, Expr):
+    if isinstance(value, _NODES):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return Number(_canonical(value))
-    raise SpecError(f"expected an expression or a number, got {type(value).__name__}: {value!r}")
+    raise SpecError(f"expected an expression or a number, got {type(value).__name__}: {shown(value)}")
 
 
 def is_finite_number(value: object) -> TypeGuard[int | float]:
@@ -233,29 +253,31 @@ def _canonical(value: int | float) -> int | float:
 
 
 def _check_name(kind: str, name: object) -> None:
-    if not isinstance(name, str):
-        raise SpecError(f"{kind}: the name must be a string, got {type(name).__name__}: {name!r}")
+    if type(name) is not str:
+        raise SpecError(f"{kind}: the name must be a string, got {type(name).__name__}: {shown(name)}")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,39}", name):
         raise SpecError(
-            f"{kind}: {name[:60]!r} is no identifier; use 1 to 40 letters a-z A-Z, digits and _, not a digit first"
+            f"{kind}: {shown(name)} is no identifier; use 1 to 40 letters a-z A-Z, digits and _, not a digit first"
         )
 
 
 def _checked_axes(name: str, axes: object) -> str:
-    if not isinstance(axes, str):
-        raise SpecError(f"Input {name!r}: axes must be a string such as 'b t h k', got {type(axes).__name__}: {axes!r}")
+    if type(axes) is not str:
+        raise SpecError(
+            f"Input {name!r}: axes must be a string such as 'b t h k', got {type(axes).__name__}: {shown(axes)}"
+        )
     letters = axes.replace(" ", "")
     for letter in letters:
         if letter not in AXES:
             raise SpecError(
-                f"Input {name!r}: unknown axis {letter!r} in {axes!r}; the axes are b (batch), t (time), h (head), "
-                "k (key channel) and v (value channel)"
+                f"Input {name!r}: unknown axis {letter!r} in {shown(axes)}; the axes are b (batch), t (time), "
+                "h (head), k (key channel) and v (value channel)"
             )
     if len(set(letters)) < len(letters):
-        raise SpecError(f"Input {name!r}: {axes!r} repeats an axis; give each axis once")
+        raise SpecError(f"Input {name!r}: {shown(axes)} repeats an axis; give each axis once")
     ordered = "".join(letter for letter in AXES if letter in letters)
     if letters != ordered:
-        raise SpecError(f"Input {name!r}: axes {axes!r} are out of order; write {' '.join(ordered)!r}")
+        raise SpecError(f"Input {name!r}: axes {shown(axes)} are out of order; write {' '.join(ordered)!r}")
     return letters
 
 
@@ -263,7 +285,7 @@ def _bound(name: str, which: str, value: object) -> float | None:
     if value is None:
         return None
     if not is_finite_number(value):
-        raise SpecError(f"Input {name!r}: {which} must be a finite number or None, got {value!r}")
+        raise SpecError(f"Input {name!r}: {which} must be a finite number or None, got {shown(value)}")
     return float(value)
 
 
@@ -349,12 +371,16 @@ class Taylor:
 
     order: int
 
+    def __post_init__(self) -> None:
+        if type(self.order) is not int or self.order not in (1, 2):
+            raise SpecError(
+                f"taylor({shown(self.order)}): the order must be 1 or 2; higher orders need too large a state"
+            )
+
     def __str__(self) -> str:
         return f"taylor({self.order})"
 
 
 def taylor(order: int) -> Taylor:
     """The Taylor feature map of order 1 (1 + s) or 2 (1 + s + s^2 / 2), with s = scale * query . key."""
-    if isinstance(order, bool) or order not in (1, 2):
-        raise SpecError(f"taylor({order!r}): the order must be 1 or 2; higher orders need too large a state")
-    return Taylor(int(order))
+    return Taylor(order)

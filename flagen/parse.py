@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Mapping
 
-from .errors import SpecError
+from .errors import SpecError, shown
 from .expr import (
     DERIVATIVE_FUNCTIONS,
     FUNCTION_ARITY,
@@ -65,7 +65,7 @@ class _Parser:
 
     def __init__(self, text: str, names: Mapping[str, Expr], where: str) -> None:
         if not isinstance(text, str):
-            raise SpecError(f"{where}: an expression must be text, got {type(text).__name__}: {str(text)[:60]}")
+            raise SpecError(f"{where}: an expression must be text, got {type(text).__name__}: {shown(text)}")
         self.text, self.names, self.where = text, names, where
         self.nodes = 0
 
@@ -152,7 +152,7 @@ class _Parser:
             raise self.fault(node.col_offset, f"{node.id} is a function; write {node.id}(...)")
         known = ", ".join(sorted(self.names))
         raise self.fault(
-            node.col_offset, f"unknown name {node.id!r}; {_did_you_mean(node.id, self.names)}known: {known}"
+            node.col_offset, f"unknown name {shown(node.id)}; {_did_you_mean(node.id, self.names)}known: {known}"
         )
 
     def _call(self, node: ast.Call, depth: int) -> Expr:

@@ -7,6 +7,7 @@ The text is that of flagen's sources, so that an emitted file decides and reduce
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,9 @@ def make_standalone(plan: Plan, kernels: str) -> Standalone:
     taken = {
         node.name for node in ast.walk(ast.parse("\n".join((kernels, schedule, backend)))) if hasattr(node, "name")
     }
+    taken |= {"torch", "triton", "tl", "float64", "annotations", "dataclass", "functools", *vars(builtins)}
     return Standalone(
-        function=plan.name
-        if plan.name not in taken | {"torch", "triton", "tl", "float64"}
-        else f"{plan.name}_attention",
+        function=f"{plan.name}_attention" if plan.name in taken else plan.name,
         facts=_facts(plan, schedule, backend),
         constants=tuple(host_text(expr) for _, expr in plan.analysis.constants),
         schedule=schedule,

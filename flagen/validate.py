@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import SpecError
+from .errors import SpecError, shown
 from .expr import (
     DERIVATIVE_FUNCTIONS,
     FEATURE,
@@ -46,7 +46,7 @@ _KERNEL_NAMES = """
     o den do h h0 ht hc hs hp dh dh0 dht dhp z z0 zt zc zs zp dz dz0 dzt dzp gt at monomial bos eos tl torch
     triton self i s t like rows chunks make common needs initial final save gradient gradients sums fwd bwd scan
     sizes pieces monomials num_warps num_stages is_first is_last n_c n_p n_s n_t locate sum_steps sum_rows plus
-    select scatter tree_level tree_scores tree_apply tree_apply_complex
+    select scatter tree_level tree_scores tree_apply tree_apply_complex device float64
 """
 KERNEL_NAMES = frozenset(_KERNEL_NAMES.split())
 AXES_OF = {"query": "bthk", "key": "bthk", "value": "bthv", "phase": "bthk", "bonus": "bthk", "erase_a": "bthk",
@@ -58,10 +58,9 @@ class SpecWarning(UserWarning):
 
 
 def check_spec_name(name: object) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", name):
-        shown = repr(name)[:80]
+    if type(name) is not str or not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", name):
         raise SpecError(
-            f"a spec's name must be 1 to 41 of a-z, 0-9 and _, a letter first, got {shown}; kernels are named after it"
+            f"a spec's name must be 1 to 41 of a-z, 0-9 and _, a letter first, got {shown(name)}; it names the kernels"
         )
     if keyword.iskeyword(name) or keyword.issoftkeyword(name):
         raise SpecError(f"a spec cannot be named {name!r}, a keyword of Python; choose another name")
@@ -91,7 +90,7 @@ def check_argument_name(spec: str, name: str) -> None:
             f"{where} is one that generated kernels use for themselves, as they do b_*, p_*, i_*, o_*, m_*, G_*, *_sb, "
             "*_st, *_sh, *_sp, *_kernel, c0, c1, ..., unit0, ..., h, z, o, s and t; choose another name"
         )
-    if _is_taken(f"d{name}") or keyword.iskeyword(f"d{name}"):
+    if _is_taken(f"d{name}") or keyword.iskeyword(f"d{name}") or hasattr(builtins, f"d{name}"):
         raise SpecError(
             f"{where} would have the gradient d{name}, a name that generated code needs; choose another name"
         )
@@ -202,7 +201,7 @@ def _applied(where: str, function: Any, placeholder: Input, example: str) -> Exp
                 f"{where} must take one expression, as {example} does; it raised TypeError: {error}"
             ) from None
     else:
-        raise SpecError(f"{where} must be a function of one expression such as {example}, got {function!r}")
+        raise SpecError(f"{where} must be a function of one expression such as {example}, got {shown(function)}")
     check_expr(where, expr)
     others = [one for one in expr.inputs if one != placeholder]
     if others:
@@ -220,7 +219,7 @@ def feature_map(spec: str, given: Any) -> Taylor | Expr | None:
         return given
     if not callable(given) and not isinstance(given, Expr):
         raise SpecError(
-            f"{where} must be taylor(1), taylor(2) or a function such as lambda x: elu(x) + 1, got {given!r}"
+            f"{where} must be taylor(1), taylor(2) or a function such as lambda x: elu(x) + 1, got {shown(given)}"
         )
     expr = _applied(where, given, FEATURE, "lambda x: elu(x) + 1")
     if any(scalar.name == FEATURE.name for scalar in expr.scalars):
@@ -234,7 +233,7 @@ def normalizer(spec: str, given: Any) -> bool | Expr:
     where = f"{spec}: normalize"
     if not callable(given) and not isinstance(given, Expr):
         raise SpecError(
-            f"{where} must be True, False or a function such as lambda n: maximum(abs(n), 1), got {given!r}"
+            f"{where} must be True, False or a function such as lambda n: maximum(abs(n), 1), got {shown(given)}"
         )
     expr = _applied(where, given, NORM, "lambda n: maximum(abs(n), 1)")
     leaves = [node for node in expr.walk() if not node.children and not isinstance(node, (Number, Input))]
@@ -245,7 +244,7 @@ def normalizer(spec: str, given: Any) -> bool | Expr:
 
 def eps(spec: str, given: Any, normalize: Any) -> float:
     if not is_finite_number(given) or given < 0:
-        raise SpecError(f"{spec}: eps must be a number >= 0, got {str(given)[:60]!r}")
+        raise SpecError(f"{spec}: eps must be a number >= 0, got {shown(given)}")
     if given != EPS and normalize is not True:
         raise SpecError(f"{spec}: eps={given!r} is used by normalize=True only; leave it out or set normalize=True")
     return float(given)
@@ -255,7 +254,7 @@ def scale(spec: str, given: Any) -> float | None:
     if given is None:
         return None
     if not is_finite_number(given):
-        raise SpecError(f"{spec}: scale must be a finite number, or None for K ** -0.5, got {str(given)[:60]!r}")
+        raise SpecError(f"{spec}: scale must be a finite number, or None for K ** -0.5, got {shown(given)}")
     return float(given)
 
 
@@ -362,15 +361,15 @@ def ordered_inputs(spec: str, used: tuple[Input, ...], given: Sequence[str | Inp
     if given is None:
         return used
     if isinstance(given, (str, Input)) or not isinstance(given, Sequence):
-        raise SpecError(f"{spec}: inputs must be a tuple of names or Inputs, got {given!r}")
+        raise SpecError(f"{spec}: inputs must be a tuple of names or Inputs, got {shown(given)}")
     by_name = {one.name: one for one in used}
     names = []
     for one in given:
         if not isinstance(one, (str, Input)):
-            raise SpecError(f"{spec}: inputs must hold names or Inputs, got {type(one).__name__}: {one!r}")
+            raise SpecError(f"{spec}: inputs must hold names or Inputs, got {type(one).__name__}: {shown(one)}")
         name = one if isinstance(one, str) else one.name
         if name not in by_name:
-            raise SpecError(f"{spec}: inputs lists {name!r}, which no expression uses; used are {', '.join(by_name)}")
+            raise SpecError(f"{spec}: inputs has {shown(name)}, which no expression uses, unlike {', '.join(by_name)}")
         if isinstance(one, Input) and one != by_name[name]:
             raise SpecError(
                 f"{spec}: inputs declares {name!r} unlike the expressions do; list the same Input, or its name"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import SpecError
+from .errors import SpecError, shown
 from .expr import ROW_FUNCTIONS, Call, Expr, to_text
 from .validate import role_expr
 
@@ -37,7 +37,7 @@ def erase_reads(spec: str, given: Any, erased: bool) -> str:
     if given not in READS or not isinstance(given, str):
         raise SpecError(
             f"{spec}: erase_reads must be 'decayed' (a reads the state after this step's decay) or 'previous' (before "
-            f"it), got {str(given)[:60]!r}"
+            f"it), got {shown(given)}"
         )
     if given != "decayed" and not erased:
         raise SpecError(f"{spec}: erase_reads={given!r} says which state erase reads, and there is no erase; drop it")
