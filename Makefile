@@ -8,12 +8,13 @@ STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 INTERPRETED := $(wildcard tests/kernels/test_interp_*.py)
 
-.PHONY: help demo test check hooks format regen clean
+.PHONY: help demo test check compile-matrix hooks format regen clean
 
 help:
 	@echo "make demo    compile the shipped specs and the README's, run them, show the errors against the reference"
 	@echo "make test    the test suite, without a GPU in under 20 minutes on two cores"
 	@echo "make check   lint, format, types, what must not occur, and the checked-in generated/ files"
+	@echo "make compile-matrix  the kernels compiled by other releases of Triton, which it installs: TRITONS='3.6.0 3.9.0'"
 	@echo "make hooks   have git run the same before each commit"
 	@echo "make format  format the sources"
 	@echo "make regen   write generated/ anew"
@@ -37,6 +38,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python tests/bans.py
 	$(BIN)/python -m flagen regen --check
+
+# hours, and downloads: not a part of `make test`. CASES chooses some, as pytest's -k: CASES='gla and sm_90'
+compile-matrix: $(STAMP)
+	$(BIN)/python tests/triton_versions.py $(TRITONS) $(if $(CASES),-k "$(CASES)")
 
 hooks: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt 'pre-commit >= 4'
