@@ -18,11 +18,12 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import ALL, constants_of, make, make_states
+from cases import ALL, SCALARS, constants_of, make, make_states
 from torch import Tensor
 
-from flagen import compiler
+from flagen import compiler, reference
 from flagen.analysis import Analysis, analyse
+from flagen.compare import kind_of, limit_of, measure
 from flagen.expr import Input
 from flagen.spec import Spec
 from flagen.torch_backend import TorchBackend
@@ -289,3 +290,40 @@ def memory() -> Iterator[Memory]:
 
 def nan_like(x: Tensor) -> Tensor:
     return torch.full_like(x, math.nan)
+
+
+# --- numbers
+
+
+def agrees(run: Run) -> None:
+    """A run, and its gradients, within the tolerances of compare.py of the reference in fp64 on the same inputs.
+
+    Numbers below 1e-30, as behind a decay of exp(-100), are as good as zero. The gradient of a decay or a phase is a
+    sum of terms about one in size, which may cancel.
+    """
+    spec, dtype = run.spec, run.place.dtype
+    got = {name: x.cpu() for name, x in run.everything().items()}
+    wide = [(x.cpu().to(torch.complex128 if x.is_complex() else torch.float64)).requires_grad_() for x in run.initial]
+    inputs = [x.cpu().double().requires_grad_() for x in run.inputs]
+    state = None if not wide else wide[0] if spec.normalizer is None else tuple(wide)
+    options = {
+        "initial_state": state,
+        "output_final_state": True,
+        "cu_seqlens": None if run.cu is None else run.cu.cpu(),
+    }
+    o, final = reference.run(spec, inputs, scalars=SCALARS, scale=0.4, **options)
+    final = (final,) if isinstance(final, Tensor) else final
+    loss = (o * run.do.cpu().double()).sum()
+    loss = loss + sum((x * dx.cpu().to(x.dtype).conj()).real.sum() for x, dx in zip(final, run.dfinal, strict=True))
+    gradients = torch.autograd.grad(loss, [*inputs, *wide], materialize_grads=True)
+    want = {"o": (o, "o", 1e-30, True)} | {f"final {i}": (x, "o", 1e-30, True) for i, x in enumerate(final)}
+    for one, x in zip(spec.inputs, gradients, strict=False):
+        floor = 0.1 if roles_of(spec, one) & {"log_decay", "phase"} else 1e-30
+        want[f"d {one.name}"] = x, kind_of(spec, one), floor, one.axes[-1] in "kv"
+    for i, x in enumerate(gradients[len(inputs) :]):
+        want[f"d initial {i}"] = x, "gate" if i else "gradient", 1e-30, True
+    assert got.keys() == want.keys()
+    for name, (x, kind, floor, channels) in want.items():
+        assert got[name].isfinite().all(), f"{spec.name}: {name} is not finite"
+        error = measure(got[name], x, floor=floor, channels=channels)
+        assert error.within(limit_of(dtype, kind)), (spec.name, name, error)

@@ -1,0 +1,66 @@
+"""The bodies of test_hostile_values.py with the Triton kernels under the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+from hostile import FEW, INTERPRETER, some
+from test_hostile_values import (
+    BEHIND,
+    EDGES,
+    RAW,
+    SIZES,
+    channels_of_any_size,
+    decays_all_alike,
+    decays_mixed_in_a_chunk,
+    no_tokens,
+    one_token,
+    sequences_of_no_tokens,
+)
+
+import flagen
+
+
+@pytest.mark.parametrize("spec", RAW.values(), ids=lambda spec: spec.name)
+def test_decays_mixed_in_a_chunk(spec):
+    decays_mixed_in_a_chunk(INTERPRETER, spec)
+
+
+@pytest.mark.parametrize("which", [2, 4, 8, 11], ids=lambda i: f"{EDGES[i]:g}")
+@pytest.mark.parametrize("name", ["raw", "raw_key", "raw_value"])
+def test_decays_all_alike(name, which):
+    decays_all_alike(INTERPRETER, RAW[name], which)
+
+
+@pytest.mark.parametrize("cu", [[0, 0, 7, 7, 18], [0, 0, 0]], ids=["some", "all"])
+@FEW
+def test_sequences_of_no_tokens(spec, cu):
+    sequences_of_no_tokens(INTERPRETER, spec, cu)
+
+
+@pytest.mark.parametrize("cut", [pytest.param(False, marks=BEHIND), True], ids=["whole", "pieces"])
+@some("gla", "key_u_norm", "shared")
+def test_a_sequence_of_no_tokens_at_the_end(spec, cut):
+    sequences_of_no_tokens(INTERPRETER, spec, [0, 18, 18], cut)
+
+
+@pytest.mark.parametrize("cu", [None, [0, 0, 0]], ids=["dense", "two"])
+@some("gla", "key_u_norm", "phase_key_u", "shared")
+def test_no_tokens(spec, cu):
+    no_tokens(INTERPRETER, spec, cu)
+
+
+@FEW
+def test_one_token(spec):
+    one_token(INTERPRETER, spec, [0, 0, 1])
+
+
+@pytest.mark.parametrize("factors", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6"])
+def test_channels_of_any_size(name, factors):
+    channels_of_any_size(INTERPRETER, flagen.specs.get(name), factors)
+
+
+@pytest.mark.parametrize("which", ["huge query and key", "huge value"])
+@pytest.mark.parametrize("name", ["gateloop", "linear"])
+def test_channels_of_any_size_with_a_phase_or_a_normaliser(name, which):
+    channels_of_any_size(INTERPRETER, flagen.specs.get(name), SIZES[which])
