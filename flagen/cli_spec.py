@@ -40,6 +40,8 @@ def find_spec(text: str) -> Spec:
 
 def _attribute(text: str) -> Spec:
     name, _, attribute = text.partition(":")
+    if not name or name.startswith("."):
+        raise SpecError(f"{text!r} is not module:attribute, such as my_models.attention:my_spec")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it, for the `flagen` script
     try:
@@ -47,8 +49,6 @@ def _attribute(text: str) -> Spec:
     except ModuleNotFoundError as error:
         raise SpecError(f"{text!r}: there is no module {error.name!r}; modules are looked for in the working directory "
                         "and where Python finds packages") from None  # fmt: skip
-    except ValueError:
-        raise SpecError(f"{text!r} is not module:attribute, such as my_models.attention:my_spec") from None
     found = getattr(value, attribute, None)
     if not isinstance(found, Spec):
         there = sorted(key for key, one in vars(value).items() if isinstance(one, Spec))
