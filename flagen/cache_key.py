@@ -18,7 +18,7 @@ FORMAT = 1
 _PACKAGE = Path(__file__).parent
 # modules that no generated text depends on; every other one is part of the key, so that a new module never is forgotten
 NOT_SHAPING = (
-    "__init__", "__main__", "cache", "cache_key", "checks", "cli*", "compare", "compiler",
+    "__init__", "__main__", "bench*", "cache", "cache_key", "checks", "cli*", "compare", "compiler",
     "config", "cost*", "demo*", "fuzz*", "load", "logs", "op", "op_*", "private", "reference*", "samples", "schedule*",
     "testing*", "torch_*", "triton_*",
 )  # fmt: skip

@@ -31,7 +31,7 @@ LAYERS = (
     ("validate_erase",),
     ("equations", "exchange"),
     ("spec",),
-    ("specs",),
+    ("specs", "peers"),
     ("derive", "rank_one"),
     ("analysis",),
     ("plan", "plan_*"),
@@ -49,7 +49,7 @@ LAYERS = (
     ("cost", "cost_*"),
     ("testing",),
     ("fuzz", "fuzz_*"),
-    ("demo*", "cli_*"),
+    ("demo*", "cli_*", "bench", "bench_*"),
     ("__main__",),
 )
 

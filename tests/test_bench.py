@@ -1,0 +1,417 @@
+"""flagen bench, whole and in its parts, on the CPU at tiny sizes; on a GPU the same with graphs, memory and floors."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import math
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import flagen
+from flagen import (
+    bench,
+    bench_check,
+    bench_child,
+    bench_measure,
+    bench_report,
+    bench_run,
+    cli_bench_options,
+    peers,
+    specs,
+)
+from flagen.__main__ import main, parser
+from flagen.bench import Row
+from flagen.bench_shapes import DEFAULT_WHAT, GROUPS, SHAPES, WHATS
+from flagen.errors import FlagenError
+from flagen.schedule import Shape
+
+TINY = Shape.dense(2, 70, 3, 16, 12)
+ROW = Row("gla", "flagen", "auto", "wide8k", 1, 8192, 96, 128, 128, "bf16", "fwd", 2.0, "ms", 0.5, 1.5,
+          device="a GPU", copy=3e12, versions="flagen 0 torch 2", commit="abc")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(bench_measure, "CPU_SECONDS", 0.0)
+
+
+def run(capsys, *arguments):
+    status = main(["bench", *arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def runner(what, **settings):
+    rows: list[Row] = []
+    made = bench_run.Runner(bench_run.Settings("cpu", "fp32", what, **settings), lambda text: None, rows.append)
+    return made, rows
+
+
+# --- the whole command
+
+
+def test_it_runs_whole(capsys, tmp_path):
+    shapes = ("--shapes", "1,64,2,16,16", "3,1,2,16,16")
+    status, out, err = run(capsys, "retnet", "rwkv6", *shapes, "--what", "fwd,fwd+bwd,memory,decode",
+                           "--against", "sdpa", "--out", str(tmp_path / "new"))  # fmt: skip
+    assert status == 0, err
+    rows = bench_report.read([tmp_path / "new" / "rows.csv"])
+    assert [(one.spec, one.T, one.what) for one in rows] == [
+        ("retnet", 64, "fwd"), ("retnet", 64, "fwd+bwd"), ("softmax", 64, "fwd"), ("softmax", 64, "fwd+bwd"),
+        ("retnet", 1, "decode"), ("rwkv6", 64, "fwd"), ("rwkv6", 64, "fwd+bwd"), ("rwkv6", 1, "decode"),
+    ]  # fmt: skip
+    for one in rows:
+        assert one.value > 0
+        assert one.unit == "ms"
+        assert one.dtype == "fp32"
+        assert one.device == "cpu"
+        assert f"torch {torch.__version__}" in one.versions
+        assert math.isnan(one.floor)
+        assert math.isnan(one.predicted)
+    lines = [line for line in out.splitlines() if line.startswith(("retnet", "rwkv6", "softmax"))]
+    assert len(lines) == len(rows)
+    assert "retnet 1,64,2,16,16 fwd" in err  # as they come
+
+
+def test_stored_rows_are_drawn_again(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "rows.csv"
+    for number, spec in enumerate(("gla", "retnet")):
+        for what in ("fwd", "fwd+bwd"):
+            for shape in ("t1k", "t4k", "wide8k"):
+                B, T, H, K, V = SHAPES[shape]
+                sizes = {"shape": shape, "B": B, "T": T, "H": H, "K": K, "V": V}
+                ours = dataclasses.replace(ROW, spec=spec, what=what, value=T / 1000 + number, floor=T / 4000, **sizes)
+                bench_report.append(file, ours)
+                bench_report.append(file, dataclasses.replace(ours, library="fla", op="chunk", value=2 * ours.value))
+    status, out, err = run(capsys, "--plot", str(file), "--out", str(tmp_path))
+    assert status == 0, err
+    assert "gla: 2.00 times as fast as fla, fwd+bwd, geometric mean over t1k, t4k, wide8k" in out
+    for name in ("share.png", "time.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / name).stat().st_size > 10_000
+        assert f"written: {tmp_path / name}" in err
+
+
+def test_starts_are_those_of_new_processes():
+    made, rows = runner(("cold", "warm"))
+    made.run([specs.get("retnet")], {"tiny": Shape.dense(1, 32, 1, 16, 16)})
+    assert not made.missing
+    cold, warm = rows
+    assert (cold.what, warm.what, cold.unit) == ("cold", "warm", "s")
+    parts = [float(part.split()[1]) for part in cold.note.split(", ")]
+    assert cold.value == pytest.approx(sum(parts), abs=0.02)
+    assert cold.note.startswith("forward")
+    assert warm.value > 0
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    with pytest.raises(FlagenError, match=r"status 1: .*no such device|status 1: .*abacus"):
+        bench_child.first_call(
+            specs.get("retnet").to_json(), (1, 8, 1, 8, 8), "float32", "abacus", "auto", tmp_path, 100
+        )
+    with pytest.raises(FlagenError, match="longer than 0 s"):
+        bench_child.first_call(specs.get("retnet").to_json(), (1, 8, 1, 8, 8), "float32", "cpu", "auto", tmp_path, 0.01)
+
+
+# --- what is wrong is not timed, or said
+
+
+class Wrong:
+    """An op whose output is a little too large; or, from a token on, that of another."""
+
+    def __init__(self, op, factor, begin=0):
+        self.op, self.factor, self.begin = op, factor, begin
+        self.spec, self.analysis, self.plan, self.backend = op.spec, op.analysis, op.plan, op.backend
+
+    def __call__(self, *tensors, **options):
+        o, final = self.op(*tensors, **options)
+        weight = torch.ones(o.shape[1], 1, 1, dtype=o.dtype)
+        weight[self.begin :] = self.factor
+        return o * weight, final
+
+
+def test_a_wrong_op_is_not_timed(monkeypatch):
+    op = Wrong(flagen.compile("gla"), 1.01)
+    monkeypatch.setattr(bench_run, "compile", lambda spec, backend: op)
+    made, rows = runner(("fwd", "fwd+bwd"))
+    made.run([op.spec], {"a": TINY, "b": TINY._replace(T=90)})
+    assert [(one.what, math.isnan(one.value)) for one in rows] == 2 * [("check", True)]
+    assert all(one.note.startswith("WRONG: o: rms 1") for one in rows)
+    assert len(made.wrong) == 2
+
+
+def test_what_is_wrong_at_full_length_alone_is_said(monkeypatch):
+    """The small check ends before the tokens that are wrong."""
+    op = Wrong(flagen.compile("gla"), 2.0, begin=bench_check.TOKENS_ON_CPU)
+    monkeypatch.setattr(bench_run, "compile", lambda spec, backend: op)
+    made, rows = runner(("fwd",))
+    made.run([op.spec], {"a": TINY})
+    assert [one.what for one in rows] == ["fwd"]
+    assert rows[0].note.startswith("WRONG: o: rms")
+    assert "d v" in rows[0].note
+    assert made.wrong
+
+
+def test_the_command_says_that_something_is_wrong(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_check, "small", lambda *a: "o: rms 1")
+    status, _, err = run(capsys, "gla", "--shapes", "1,16,1,8,8", "--what", "fwd", "--out", str(tmp_path))
+    assert status == 1
+    assert "WRONG: gla K=8 V=8: o: rms 1" in err
+
+
+@pytest.mark.parametrize("name", ["retnet", "rwkv6", "gateloop", "based", "linear", "mamba2"])
+def test_right_ops_pass_both_checks(name):
+    op = flagen.compile(name)
+    shape = bench.fitted(op.spec, TINY)
+    assert bench_check.small(op, shape, torch.float32, "cpu") == ""
+    case = bench.case_of(op, shape, torch.float32, "cpu")
+    assert bench_check.sampled(op, case, shape, torch.float32) == ""
+    assert bench_check.small(op, shape._replace(T=1), torch.float32, "cpu") == ""
+
+
+def test_the_sample_holds_other_heads_than_the_first():
+    op = flagen.compile("retnet")
+    case = bench.case_of(op, TINY, torch.float32, "cpu")
+    factor = torch.tensor([1.0, 1.0, 1.01]).view(3, 1)
+    bad = bench.Case(case.inputs, lambda: case.run() * factor)
+    assert "o: rms" in bench_check.sampled(op, bad, TINY, torch.float32)
+
+
+# --- limits and failures
+
+
+def test_a_limit_of_time_ends_it_cleanly():
+    made, rows = runner(("fwd",), limit=0.0)
+    made.run([specs.get("gla"), specs.get("retnet")], {"a": TINY, "b": TINY})
+    assert rows == []
+    assert [one.partition(":")[0] for one in made.missing] == ["gla a fwd", "gla b fwd", "retnet a fwd", "retnet b fwd"]
+    assert "time limit" in made.missing[0]
+
+
+def test_what_fails_is_a_row_without_a_figure(monkeypatch):
+    def broken(run, device):
+        raise torch.OutOfMemoryError("tried to allocate\nmuch")
+
+    monkeypatch.setattr(bench_measure, "milliseconds", broken)
+    made, rows = runner(("fwd",))
+    made.run([specs.get("retnet")], {"a": TINY})
+    (row,) = rows
+    assert math.isnan(row.value)
+    assert row.note == "OutOfMemoryError: tried to allocate"
+    assert made.missing == ["retnet a flagen fwd: tried to allocate"]
+
+
+def test_nothing_measured_is_status_1(capsys, tmp_path):
+    # a shape of more than one token has nothing to decode, and the default one would have: only it is refused here
+    status, _, _ = run(
+        capsys, "gla", "--shapes", "1,16,1,8,8", "--what", "graph", "--device", "cpu", "--out", str(tmp_path)
+    )
+    assert status == 1
+
+
+# --- shapes, inputs, floors
+
+
+def test_shapes_by_name_group_and_size():
+    assert SHAPES["wide8k"] == (1, 8192, 96, 128, 128)
+    assert SHAPES["million"][1] == 1 << 20
+    assert list(bench.shapes_of(["large"])) == ["wide8k", "long16k", "mid"]
+    assert [shape.T for shape in bench.shapes_of(["lengths"]).values()] == [1024 << n for n in range(9)]
+    assert bench.shapes_of(["1,2,3,4,5"]) == {"1,2,3,4,5": Shape.dense(1, 2, 3, 4, 5)}
+    assert set(GROUPS["named"]) <= set(SHAPES)
+    for text in ("1,2,3", "wide", "1,2,3,4,0"):
+        with pytest.raises(FlagenError, match="five sizes B,T,H,K,V nor one of wide8k"):
+            bench.shapes_of([text])
+
+
+def test_head_sizes_that_a_spec_may_have():
+    wide = Shape.dense(8, 2048, 32, 256, 256)
+    found = {name: bench.fitted(specs.get(name), wide).K for name in ("gla", "based", "gateloop")}
+    assert found == {"gla": 256, "based": 16, "gateloop": 128}
+
+
+def test_long_inputs_repeat_what_was_drawn(monkeypatch):
+    monkeypatch.setattr(bench, "DRAWN", 16)
+    q, _, _, dt, A_log = bench.make_inputs(specs.get("mamba2"), Shape.dense(2, 40, 3, 4, 5), torch.bfloat16, "cpu", {})
+    assert q.shape == (2, 40, 3, 4)
+    assert (q.dtype, dt.dtype, A_log.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert torch.equal(q[:, 16:32], q[:, :16])
+    assert torch.equal(q[0], q[1])
+    assert all(x.is_leaf and x.requires_grad and x.is_contiguous() for x in (q, dt, A_log))
+    assert A_log.shape == (3,)
+
+
+def test_floors_are_each_tensor_once():
+    op = flagen.compile("gla")
+    case = bench.case_of(op, TINY, torch.bfloat16, "cpu")
+    k, v = 2 * 70 * 3 * 16 * 2, 2 * 70 * 3 * 12 * 2
+    inputs, output = 3 * k + v, v
+    assert case.floors(case.forward()) == (inputs + output, 3 * inputs + 2 * output)
+    assert not case.forward().requires_grad
+    assert [x.shape for x in case.both(torch.ones(2, 70, 3, 12))] == [x.shape for x in case.inputs]
+
+
+# --- rows
+
+
+def test_rows_survive_a_file(tmp_path):
+    odd = dataclasses.replace(ROW, value=math.nan, note='a "quoted", note\nof two lines', predicted=math.nan)
+    for one in (ROW, odd):
+        bench_report.append(tmp_path / "rows.csv", one)
+    first, second = bench_report.read([tmp_path / "rows.csv"])
+    assert first == ROW
+    assert math.isnan(second.value)
+    assert second.note == odd.note
+    assert (tmp_path / "rows.csv").read_text().count("library") == 1
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(FlagenError, match="other columns"):
+        bench_report.read([tmp_path / "other.csv"])
+    text = (tmp_path / "rows.csv").read_text().replace("8192", "many", 1)
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(FlagenError, match="line 2"):
+        bench_report.read([tmp_path / "rows.csv"])
+
+
+def test_of_rows_for_the_same_the_last_counts():
+    again = dataclasses.replace(ROW, value=1.0)
+    other = dataclasses.replace(ROW, device="another")
+    assert bench_report.latest([ROW, other, again]) == [again, other]
+
+
+def test_predictions_that_are_off_are_flagged():
+    assert not ROW.mispredicted
+    assert ROW.share == 0.25
+    low, high = (dataclasses.replace(ROW, predicted=ROW.value * factor) for factor in (0.6, 1.6))
+    assert low.mispredicted
+    assert high.mispredicted
+    assert not dataclasses.replace(high, H=1).mispredicted  # small shapes are bound by launches
+    assert not dataclasses.replace(high, predicted=math.nan).mispredicted
+    assert not dataclasses.replace(high, unit="MB").mispredicted
+    (line,) = bench_report.summary([ROW, high])
+    assert line == "predictions off by more than 1.5 times on large shapes: gla wide8k fwd (1.60)"
+    assert "OFF" in bench_report.table([high])[-1]
+    assert "OFF" not in bench_report.table([ROW])[-1]
+
+
+def test_speed_against_a_peer_is_that_of_its_best():
+    def row(spec, shape, library, op, value):
+        return dataclasses.replace(ROW, spec=spec, shape=shape, library=library, op=op, value=value, what="fwd+bwd")
+
+    rows = [row("x", "a", "flagen", "", 1.0), row("x", "a", "fla", "slow", 9.0), row("x", "a", "fla", "quick", 2.0),
+            row("x", "b", "flagen", "", 1.0), row("x", "b", "fla", "slow", 8.0), row("x", "c", "fla", "slow", 1.0),
+            row("x", "d", "flagen", "", math.nan), row("x", "d", "fla", "slow", 5.0)]  # fmt: skip
+    assert bench_report.speedups(rows) == [("x", "fla", pytest.approx(4.0), ("a", "b"))]
+
+
+# --- options and peers
+
+
+def test_options():
+    given = parser().parse_args(
+        ["bench", "gla", "--what", "cold,warm", "--shapes", "wide8k", "1,2,3,4,5", "--jobs", "4"]
+    )
+    assert given.what == ("cold", "warm")
+    assert given.shapes == ["wide8k", "1,2,3,4,5"]
+    assert parser().parse_args(["bench"]).what == DEFAULT_WHAT
+    assert set(DEFAULT_WHAT) <= set(WHATS)
+    with pytest.raises(argparse.ArgumentTypeError, match="'fast' is not among fwd"):
+        cli_bench_options._some(WHATS)("fwd,fast")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gla", "--device", "cuda"), "finds no CUDA device"),
+        (("gla", "--device", "abacus"), "cpu or cuda"),
+        (("gal",), "did you mean 'gla'"),
+        (("gla", "--shapes", "wide"), "nor one of wide8k"),
+        (("gla", "--against", "fla"), "install fla-core"),
+    ],
+)
+def test_wrong_calls_are_one_message(capsys, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.delitem(sys.modules, "flagen.peers.fla", raising=False)
+    status, out, err = run(capsys, *arguments, "--out", str(tmp_path))
+    assert (status, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_peers_are_called_with_what_they_take(monkeypatch):
+    """A library of stand-ins that check what they are given: each shipped spec with a peer, forward and backward."""
+    called = []
+
+    def stand_in(name, pair):
+        def function(*tensors, **options):
+            called.append((name, len(tensors), options))
+            assert all(x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
+            *_, v = [x for x in tensors if x.dim() == 4 and x.shape[-1] == 12] or tensors
+            o = v * sum((x.float().mean() for x in tensors), start=torch.zeros(())).to(v.dtype)
+            return (o, None) if pair else o
+
+        return function
+
+    ops = types.ModuleType("fla.ops")
+    for name in ("chunk_retention", "chunk_lightning_attn", "chunk_linear_attn", "chunk_simple_gla", "chunk_gla",
+                 "chunk_rwkv6"):  # fmt: skip
+        setattr(ops, name, stand_in(name, True))
+    for name in ("parallel_based", "fused_chunk_based"):
+        setattr(ops, name, stand_in(name, False))
+    fla = types.ModuleType("fla")
+    fla.ops = ops
+    monkeypatch.setitem(sys.modules, "fla", fla)
+    monkeypatch.setitem(sys.modules, "fla.ops", ops)
+    monkeypatch.delitem(sys.modules, "flagen.peers.fla", raising=False)
+    for spec in specs.names():
+        for name, make in peers.calls("fla", spec).items():
+            inputs, call = make(TINY, torch.bfloat16, "cpu")
+            case = bench.Case(inputs, call)
+            o = case.forward()
+            assert o.shape == (2, 70, 3, 12), name
+            assert all(x.is_leaf and x.requires_grad for x in inputs)
+            assert len(case.both(torch.ones_like(o))) == len(inputs)
+    assert {name for name, _, _ in called} == set(vars(ops)) & {name for name, _, _ in called}
+    assert len({name for name, _, _ in called}) == 8
+    counts = {name: count for name, count, _ in called}
+    assert (counts["chunk_gla"], counts["chunk_rwkv6"], counts["chunk_simple_gla"]) == (4, 5, 4)
+    monkeypatch.delitem(sys.modules, "flagen.peers.fla")
+    with pytest.raises(NotImplementedError, match="over all pairs"):
+        peers.calls("fla", "based")["parallel_based"](TINY._replace(T=1 << 20), torch.bfloat16, "cpu")
+    monkeypatch.delitem(sys.modules, "flagen.peers.fla")
+
+
+def test_every_spec_with_a_peer_is_shipped():
+    tree = ast.parse((Path(peers.__file__).parent / "fla.py").read_text(encoding="utf-8"))
+    (table,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == "_TABLE"]
+    named = [key.value for key in table.keys]
+    assert set(named) <= set(specs.names())
+    assert len(named) == 8
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_everything_has_a_figure(tmp_path, capsys):
+    what = "fwd,fwd+bwd,memory,graph,decode,cold,warm"
+    shapes = ("--shapes", "2,4096,16,64,64", "8,1,16,64,64")
+    status, _, err = run(capsys, "retnet", "gla", *shapes, "--what", what, "--jobs", "4", "--out", str(tmp_path))
+    assert status == 0, err
+    rows = bench_report.read([tmp_path / "rows.csv"])
+    found = {(one.spec, one.what): one for one in rows}
+    for spec in ("retnet", "gla"):
+        for name in ("fwd", "fwd+bwd", "graph fwd", "graph fwd+bwd", "decode"):
+            one = found[spec, name]
+            assert 0 < one.floor < one.value, one
+            assert one.copy > 1e11
+        assert found[spec, "memory"].value >= 0
+        assert found[spec, "warm"].value < found[spec, "cold"].value
+        assert found[spec, "graph fwd"].value <= 1.2 * found[spec, "fwd"].value
