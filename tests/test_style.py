@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import bans
@@ -155,3 +156,32 @@ def test_the_exceptions_are_those_that_are_there(tmp_path):
         lines = text_of(name).splitlines()
         trees = [node for node in ast.walk(ast.parse("\n".join(lines))) if bans._runs_text(node) == word]
         assert len(trees) == count, (name, word)
+
+
+# --- the map
+
+
+def test_every_module_has_one_place_in_the_map():
+    rows = re.findall(r"^\| ((?:`[^`]+` ?)+) \|", text_of("CONTRIBUTING.md"), flags=re.MULTILINE)
+    patterns = [pattern for row in rows for pattern in re.findall(r"`([^`]+)`", row)]
+    there = {path.stem for path in (ROOT / "flagen").glob("*.py")} - {"__init__"}
+    there |= {f"{path.name}/" for path in (ROOT / "flagen").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    for name in there:
+        assert sum(fnmatch(name, pattern) for pattern in patterns) == 1, (
+            f"{name} has no place, or two, in CONTRIBUTING.md"
+        )
+    for pattern in patterns:
+        assert any(fnmatch(name, pattern) for name in there), f"{pattern} in CONTRIBUTING.md is no module"
+
+
+def test_contributing_names_what_is_there():
+    """Each `module.NAME` and each path in the text."""
+    text = text_of("CONTRIBUTING.md")
+    for module, name in re.findall(r"`(\w+)\.([A-Za-z_]+)`", text):
+        if name not in ("py", "toml", "txt"):
+            assert re.search(rf"^\s*(def |class )?{name}\b", text_of(f"flagen/{module}.py"), flags=re.MULTILINE), name
+    for path in re.findall(r"`((?:flagen|tests|generated)/[\w/.]*)`", text):
+        assert path == "flagen/specs/NAME.py" or (ROOT / path).exists(), path
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), flags=re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
+    assert len(text.splitlines()) < 85, "one page"
