@@ -28,7 +28,7 @@ from flagen.expr import Input
 from flagen.spec import Spec
 from flagen.torch_backend import TorchBackend
 
-CHUNK, PIECE = 16, 32
+CHUNK = 16
 NAMED = {spec.name: spec for spec in ALL}
 EVERY = pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
 CUT = pytest.mark.parametrize("cut", [False, True], ids=["whole", "pieces"])
@@ -40,16 +40,20 @@ def some(*names: str) -> Any:
 
 
 # each kind of decay, bonus, phase, normaliser, Taylor map, an input of several roles, one without time
+FEWER = some("scalar", "rwkv6", "phase_key_u", "key_u_norm")
 FEW = some("scalar", "gla", "rwkv6", "value_u", "phase_key_u", "based", "key_u_norm", "shared", "fixed_key")
 
 
 @dataclass(frozen=True)
 class Place:
-    """backend: "torch" or "triton"; device: where tensors are; dtype: of all inputs."""
+    """backend: "torch" or "triton"; device: where tensors are; dtype: of all inputs; piece: tokens to a piece of a
+    sequence that is cut, and between the states that the kernels keep.
+    """
 
     backend: str
     device: str
     dtype: torch.dtype = torch.float32
+    piece: int = 32
 
     def __str__(self) -> str:
         kind = "" if self.dtype == torch.float32 else f"_{str(self.dtype).removeprefix('torch.')}"
@@ -60,9 +64,9 @@ class Place:
         if self.backend == "torch":
             backend = TorchBackend(_analysis(spec), CHUNK)
             if cut:
-                backend._span_size = lambda sizes: PIECE  # type: ignore[method-assign]
+                backend._span_size = lambda sizes: self.piece  # type: ignore[method-assign]
             return backend
-        return _kernels(spec, cut)
+        return _kernels(spec, self.piece, cut)
 
 
 @functools.cache
@@ -71,21 +75,22 @@ def _analysis(spec: Spec) -> Analysis:
 
 
 @functools.cache
-def _kernels(spec: Spec, cut: bool) -> Any:
+def _kernels(spec: Spec, piece: int, cut: bool) -> Any:
     from flagen.load import load
     from flagen.triton_backend import TritonBackend
 
     plan, entry = compiler.prepare(spec)
-    backend = TritonBackend(plan, load(entry), CHUNK, None, PIECE)
+    backend = TritonBackend(plan, load(entry), CHUNK, None, piece)
     if cut:
         decided = backend.schedule
         backend.schedule = lambda inputs, sizes: dataclasses.replace(  # type: ignore[method-assign]
-            decided(inputs, sizes), fwd_L=PIECE, bwd_L=PIECE
+            decided(inputs, sizes), fwd_L=piece, bwd_L=piece
         )
     return backend
 
 
-TORCH, INTERPRETER = Place("torch", "cpu"), Place("triton", "cpu")
+TORCH = Place("torch", "cpu")
+INTERPRETER, BRIEF = Place("triton", "cpu"), Place("triton", "cpu", piece=16)
 GPU = [
     pytest.param(Place("triton", "cuda"), marks=pytest.mark.gpu),
     pytest.param(Place("triton", "cuda", torch.bfloat16), marks=pytest.mark.gpu),
@@ -182,9 +187,9 @@ class Run:
 
             spans = self.backend._spans(Sizes.of(self.spec.inputs, self.inputs), None)
             return [self.out.saved[0][i] for i, span in enumerate(spans) if span.begin <= before]
-        slots = -(-tokens // PIECE)
+        slots = -(-tokens // self.place.piece)
         kept = self.out.saved[:2] if self.spec.normalizer is not None else self.out.saved[:1]
-        return [x.unflatten(0, (batch, slots))[:, : before // PIECE + 1] for x in kept]
+        return [x.unflatten(0, (batch, slots))[:, : before // self.place.piece + 1] for x in kept]
 
 
 def roles_of(spec: Spec, one: Input) -> set[str]:

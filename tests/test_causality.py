@@ -41,9 +41,9 @@ def _rounding(place, spec) -> float:
     return (2e-2 if narrow else 2e-6) if spec.phase is not None or differences else 0.0
 
 
-def a_changed_token(place, spec, at, cut, heads=2):
+def a_changed_token(place, spec, at, cut, heads=2, tokens=TOKENS):
     """Token `at`, and for the first two parts the gradient of its output."""
-    inputs = inputs_of(place, spec, 1, TOKENS, heads=heads)
+    inputs = inputs_of(place, spec, 1, tokens, heads=heads)
     run = Run(place, spec, inputs, cut=cut)
     other = Run(place, spec, multiplied(spec, inputs, at), cut=cut)
     _what_is_before(run, other, at)

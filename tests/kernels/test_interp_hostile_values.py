@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hostile import FEW, INTERPRETER, some
+from hostile import FEWER, INTERPRETER, some
 from test_hostile_values import (
     BEHIND,
     EDGES,
@@ -25,14 +25,14 @@ def test_decays_mixed_in_a_chunk(spec):
     decays_mixed_in_a_chunk(INTERPRETER, spec)
 
 
-@pytest.mark.parametrize("which", [2, 4, 8, 11], ids=lambda i: f"{EDGES[i]:g}")
+@pytest.mark.parametrize("which", [2, 8], ids=lambda i: f"{EDGES[i]:g}")
 @pytest.mark.parametrize("name", ["raw", "raw_key", "raw_value"])
 def test_decays_all_alike(name, which):
     decays_all_alike(INTERPRETER, RAW[name], which)
 
 
 @pytest.mark.parametrize("cu", [[0, 0, 7, 7, 18], [0, 0, 0]], ids=["some", "all"])
-@FEW
+@FEWER
 def test_sequences_of_no_tokens(spec, cu):
     sequences_of_no_tokens(INTERPRETER, spec, cu)
 
@@ -49,18 +49,18 @@ def test_no_tokens(spec, cu):
     no_tokens(INTERPRETER, spec, cu)
 
 
-@FEW
+@FEWER
 def test_one_token(spec):
     one_token(INTERPRETER, spec, [0, 0, 1])
 
 
 @pytest.mark.parametrize("factors", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6"])
+@pytest.mark.parametrize("name", ["rwkv6"])
 def test_channels_of_any_size(name, factors):
     channels_of_any_size(INTERPRETER, flagen.specs.get(name), factors)
 
 
-@pytest.mark.parametrize("which", ["huge query and key", "huge value"])
-@pytest.mark.parametrize("name", ["gateloop", "linear"])
-def test_channels_of_any_size_with_a_phase_or_a_normaliser(name, which):
+@pytest.mark.parametrize("which", ["huge query and key"])
+@pytest.mark.parametrize("name", ["gateloop", "linear", "mamba2"])
+def test_channels_of_any_size_of_other_kinds(name, which):
     channels_of_any_size(INTERPRETER, flagen.specs.get(name), SIZES[which])
