@@ -61,6 +61,17 @@ def test_every_command_is_in_the_table():
     assert set(shown) == set(commands.choices), listed
 
 
+def test_json_is_a_spec():
+    (block,) = blocks("json")
+    assert flagen.Spec.from_json(block).name == "my_gla"
+
+
+def test_links_lead_to_headings():
+    headings = re.findall(r"^## (.+)$", README, flags=re.MULTILINE)
+    places = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= places
+
+
 def test_links_lead_to_files():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (Path(__file__).parent.parent / target).exists(), target
