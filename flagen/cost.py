@@ -254,12 +254,12 @@ def _of_launch(launch: Launch, source: str, machine: Machine, constants: Constan
     mean.add(last, 0.5)
     functions, _ = functions_of(source)
     wanted = registers(functions[launch.kernel], blocks, launch.num_warps)
-    together = _together(launch, wanted, machine)
+    programs = prod(launch.grid)
+    together = _together(programs, launch.num_warps, wanted, machine)
     read, written = _traffic(launch, mean, together, machine)
-    terms = times(mean, prod(launch.grid), together, wanted, machine, constants)
+    terms = times(mean, programs, together, wanted, machine, constants)
     terms |= {"memory": (read + written) / machine.bandwidth, "launch": machine.launch}
     bound = max(terms, key=lambda name: terms[name])
-    programs = prod(launch.grid)
     return KernelCost(
         name=launch.kernel,
         grid=launch.grid,
@@ -277,12 +277,21 @@ def _of_launch(launch: Launch, source: str, machine: Machine, constants: Constan
     )
 
 
-def _together(launch: Launch, wanted: float, machine: Machine) -> int:
+def _together(programs: int, warps: int, wanted: float, machine: Machine) -> int:
     """How many programs share a multiprocessor."""
-    threads = WARP * launch.num_warps
-    fit = REGISTER_FILE // int(threads * min(MOST_REGISTERS, wanted + OWN_REGISTERS))
-    fit = max(1, min(fit, MOST_WARPS // launch.num_warps))
-    return min(fit, -(-prod(launch.grid) // machine.device.multiprocessors))
+    fit = REGISTER_FILE // int(WARP * warps * min(MOST_REGISTERS, wanted + OWN_REGISTERS))
+    fit = max(1, min(fit, MOST_WARPS // warps))
+    return min(fit, -(-programs // machine.device.multiprocessors))
+
+
+def retimed(one: KernelCost, machine: Machine, constants: Constants) -> float:
+    """The seconds of a kernel under other constants."""
+    if one.work is None:
+        return one.seconds
+    programs = prod(one.grid)
+    together = _together(programs, one.num_warps, one.registers, machine)
+    terms = times(one.work, programs, together, one.registers, machine, constants)
+    return max(*terms.values(), (one.read + one.written) / machine.bandwidth, machine.launch)
 
 
 def times(

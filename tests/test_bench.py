@@ -22,6 +22,7 @@ from flagen import (
     bench_report,
     bench_run,
     cli_bench_options,
+    cost,
     peers,
     specs,
 )
@@ -394,6 +395,81 @@ def test_every_spec_with_a_peer_is_shipped():
     named = [key.value for key in table.keys]
     assert set(named) <= set(specs.names())
     assert len(named) == 8
+
+
+# --- what only a GPU has, with stand-ins for it
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A GPU of 3 TB/s, on which a run takes a millisecond and holds a megabyte; tensors stay on the CPU."""
+    monkeypatch.setattr(bench_run.Settings, "on_gpu", property(lambda self: True))
+    monkeypatch.setattr(bench_run, "provenance", lambda device: {"device": "NVIDIA H100 80GB HBM3"})
+    monkeypatch.setattr(bench_measure, "copy_bandwidth", lambda device: 3e12)
+    monkeypatch.setattr(bench_measure, "milliseconds", lambda run, device: float(run() is None) or 1.0)
+    monkeypatch.setattr(bench_measure, "graphed", lambda run: lambda: run())
+    monkeypatch.setattr(bench_measure, "peak", lambda run, device: 1 << 20)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def test_floors_predictions_memory_and_graphs(pretended):
+    made, rows = runner(("fwd", "fwd+bwd", "memory", "graph", "decode"))
+    shape = Shape.dense(2, 70, 3, 16, 16)
+    made.run([specs.get("gla")], {"a": shape, "one": shape._replace(T=1)})
+    assert (made.wrong, made.missing) == ([], [])
+    found = {one.what: one for one in rows}
+    assert set(found) == {"fwd", "fwd+bwd", "memory", "graph fwd", "graph fwd+bwd", "decode"}
+    tensor = 2 * 70 * 3 * 16 * 4
+    predicted = cost.estimate(specs.get("gla"), shape, torch.float32, cost.machine_of("h100", 3e12))
+    assert found["fwd"].floor == pytest.approx(1e3 * 5 * tensor / 3e12)
+    assert found["fwd+bwd"].floor == found["graph fwd+bwd"].floor == pytest.approx(1e3 * 14 * tensor / 3e12)
+    assert found["fwd"].predicted == pytest.approx(1e3 * predicted.forward.seconds)
+    assert found["fwd+bwd"].predicted == pytest.approx(1e3 * predicted.both.seconds)
+    assert found["decode"].predicted == pytest.approx(1e3 * predicted.step.seconds, rel=0.5)
+    state = 4 * 2 * 3 * 16 * 16
+    assert found["decode"].floor == pytest.approx(1e3 * (2 * state + 5 * tensor / 70) / 3e12)
+    assert found["memory"].unit == "MB"
+    assert found["memory"].value == pytest.approx(1 - 5 * tensor / (1 << 20))
+    assert found["memory"].note == f"{((1 << 20) - 5 * tensor) / (4 * tensor):.0%} of the inputs"
+    assert all(one.copy == 3e12 for one in rows)
+
+
+def test_a_device_that_fails_ends_the_run(pretended, monkeypatch):
+    def illegal(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(bench_measure, "milliseconds", illegal)
+    monkeypatch.setattr(torch.cuda, "synchronize", illegal)
+    made, rows = runner(("fwd",))
+    made.run([specs.get("gla"), specs.get("retnet")], {"a": TINY})
+    assert [(one.spec, one.note) for one in rows] == [
+        ("gla", "RuntimeError: CUDA error: an illegal memory access was encountered")
+    ]
+    assert [one for one in made.missing if one.startswith(("gla a: ", "retnet a: "))] == [
+        f"{spec} a: the device failed: CUDA error: an illegal memory access was encountered"
+        for spec in ("gla", "retnet")
+    ]
+
+
+def test_kernels_are_compiled_before_in_processes(pretended, monkeypatch):
+    asked = []
+
+    def pool(work, units, jobs):
+        asked.extend([jobs, *units])
+        return iter([(units[0], "no driver"), (units[1], None)])
+
+    monkeypatch.setattr(bench_run.cli_pool, "run", pool)
+    made, _ = runner((), jobs=3)
+    said = []
+    made.say = said.append
+    made.run([specs.get("gla"), specs.get("based")], {"d256": Shape.dense(8, 2048, 32, 256, 256)})
+    assert asked[0] == 3
+    assert sorted((unit.sizes, unit.dtype) for unit in asked[1:]) == [
+        ((8, 2048, 32, 16, 256), "float32"), ((8, 2048, 32, 256, 256), "float32"),
+    ]  # fmt: skip
+    assert any("no driver" in one for one in said)
+    assert any("the process died" in one for one in said)
 
 
 # --- on a GPU

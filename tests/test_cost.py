@@ -6,13 +6,18 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
+import math
+import sys
 from math import prod
+from pathlib import Path
 
 import cases
 import pytest
 import torch
 
 from flagen import compiler, cost, cost_launch, cost_trace, specs
+from flagen.bench import Row
 from flagen.cost_registers import registers
 from flagen.cost_work import Block, CostError, Work, kernels_of
 from flagen.load import load
@@ -337,3 +342,26 @@ def test_machines_by_name():
     for machine in cost.MACHINES.values():
         assert machine.measured == (machine is H100)
         assert prod(machine.products.values()) > 0
+
+
+def test_calibration_finds_the_constants_that_made_the_times():
+    path = Path(__file__).parent.parent / "benchmarks" / "calibrate.py"
+    loader = importlib.util.spec_from_file_location("calibrate", path)
+    calibrate = importlib.util.module_from_spec(loader)
+    sys.modules["calibrate"] = calibrate
+    loader.loader.exec_module(calibrate)
+    truth = cost.Constants(700.0, 2000.0, 0.6, 225.0, 1.2)
+    rows = []
+    for name in ("retnet", "gla", "linear", "mamba2"):
+        found = cost.estimate(specs.get(name), Shape.dense(1, 8192, 96, 128, 128), constants=truth)
+        for what, stage in (("fwd", found.forward), ("fwd+bwd", found.both)):
+            rows.append(
+                Row(name, "flagen", "", "wide8k", 1, 8192, 96, 128, 128, "bf16", what, 1e3 * stage.seconds, "ms")
+            )
+    ignored = [dataclasses.replace(rows[0], **change, value=1e6)
+               for change in ({"library": "fla"}, {"what": "memory"}, {"H": 1}, {"spec": "unknown"})]  # fmt: skip
+    points = calibrate.points(rows + ignored, H100)
+    assert len(points) == 8
+    assert max(abs(math.log(one.ratio(H100, cost.FITTED))) for one in points) > 0.2
+    fitted = calibrate.fit(points, H100)
+    assert max(abs(math.log(one.ratio(H100, fitted))) for one in points) < 0.05
