@@ -59,6 +59,15 @@ class Analysis:
         """The expression of a role, with constants replaced; None where the spec has no such role."""
         return dict(self.roles).get(name)
 
+    @property
+    def without_kernels(self) -> str:
+        """Why the spec has no plan and no Triton kernels yet, or ""; it then runs as chunkwise PyTorch on every
+        device.
+        """
+        if self.erase != "none":
+            return "there are no Triton kernels for erase yet"
+        return "there are no Triton kernels for l2norm yet" if self.units else ""
+
     def __str__(self) -> str:
         lines = [str(self.spec), "", f"decay: {self.decay}{', varies in time' if self.decay_varies else ''}"]
         if self.decay_low is not None:

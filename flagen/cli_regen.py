@@ -38,7 +38,7 @@ def regen(arguments: argparse.Namespace) -> int:
 
 
 def rendered() -> dict[str, str]:
-    """The text of every shipped spec, by file name."""
+    """The text of every shipped spec that has kernels, by file name."""
     from .analysis import analyse
     from .plan import make_plan
     from .render import render
@@ -46,7 +46,9 @@ def rendered() -> dict[str, str]:
     texts = {}
     with Progress(len(specs.names()), "rendering") as bar:
         for name in specs.names():
-            texts[f"{name}.py"] = render(make_plan(analyse(specs.get(name))))
+            analysis = analyse(specs.get(name))
+            if not analysis.without_kernels:
+                texts[f"{name}.py"] = render(make_plan(analysis))
             bar.step(name)
     return texts
 

@@ -75,7 +75,7 @@ def show(arguments: argparse.Namespace) -> int:
     from .plan import make_plan
 
     spec, shape = find_spec(arguments.spec), arguments.shape
-    plan = make_plan(analyse(spec))
+    analysis = analyse(spec)
     print(spec.name)
     for line in spec.equations:
         print(f"    {line}")
@@ -87,9 +87,15 @@ def show(arguments: argparse.Namespace) -> int:
     for scalar in spec.scalars:
         print(f"    {scalar.name:8} a number, by keyword")
     print(f"    {'scale':8} {'K ** -0.5' if spec.scale is None else f'{spec.scale:g}'} by default")
-    _show_state(plan, shape)
-    print(f"\ndecay: {decay_text(plan.analysis)}")
+    _show_state(analysis, shape)
+    print(f"\ndecay: {decay_text(analysis)}")
+    if analysis.erase != "none":
+        print(f"erase: {analysis.erase}, reads the {spec.erase_reads} state")
     print("\nkernels")
+    if reason := analysis.without_kernels:
+        print(f"    none: {reason}; it runs as chunkwise PyTorch on every device")
+        return 0
+    plan = make_plan(analysis)
     for kernel in plan.kernels:
         print(f"    {kernel.name} ({kernel.direction}): {kernel.when}")
         print(f"        reads {', '.join(kernel.reads)}; writes {', '.join(kernel.writes)}")
@@ -108,10 +114,10 @@ def decay_text(analysis: Analysis) -> str:
     return text + (", with a phase" if analysis.is_complex else "")
 
 
-def _show_state(plan: Plan, shape: dict[str, int]) -> None:
-    from .schedule import rows_of_state
+def _show_state(analysis: Analysis, shape: dict[str, int]) -> None:
+    from .torch_taylor import count
 
-    spec, rows = plan.spec, rows_of_state(plan, shape["K"])
+    spec, rows = analysis.spec, count(shape["K"], analysis.taylor) if analysis.taylor else shape["K"]
     kind = "complex64" if spec.phase is not None else "fp32"
     print(f"    state    {kind} [{shape['B']}, {shape['H']}, {rows}, {shape['V']}]", end="")
     print(f", and [{shape['B']}, {shape['H']}, {rows}]" if spec.normalizer is not None else "")

@@ -31,7 +31,7 @@ TOLERANCES: dict[torch.dtype, dict[str, float]] = {
 WORST_ROW = 10.0  # the limit of the worst row's error, in units of that of the RMS
 HEADER = f"{'tensor':<24} {'rms':>9} {'limit':>9} {'worst row':>9} {'limit':>9}"
 COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-ROLE_AXES = {"query": "bthk", "key": "bthk", "value": "bthv", "bonus": "bthk"}
+ROLE_AXES = {"query": "bthk", "key": "bthk", "value": "bthv", "bonus": "bthk", "erase_a": "bthk", "erase_b": "bthk"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import cache, config, logs, specs
-from .analysis import analyse, derivative_texts, restored
+from .analysis import Analysis, analyse, derivative_texts, restored
 from .cache_key import Key, digest, make_key
 from .errors import PlanError, SpecError
 from .plan import Plan, make_plan
@@ -49,7 +49,8 @@ def compile(
     chunk_size: tokens a chunk, one of 16, 32, 64, 128; None lets each backend choose. It changes speed and rounding
         only.
     backend: "auto" runs the Triton kernels on CUDA tensors (and on CPU tensors if TRITON_INTERPRET=1 was set before
-        Triton was imported) and chunkwise PyTorch elsewhere, call by call; "triton" and "torch" always run that.
+        Triton was imported) and chunkwise PyTorch elsewhere, call by call; "triton" and "torch" always run that. A spec
+        that has no Triton kernels yet runs as chunkwise PyTorch everywhere; its op.plan is None.
     input_precision: of products of fp32 inputs in the Triton kernels: "ieee" and "tf32x3" are fp32-accurate, "tf32" is
         faster and has 10 bits; None chooses an fp32-accurate one.
 
@@ -76,43 +77,63 @@ def emit(spec: Spec | str) -> str:
     return render_standalone(make_plan(analyse(_spec(spec))))
 
 
-def prepare(spec: Spec) -> tuple[Plan, cache.Entry]:
-    """The plan of a spec and the entry with its text, found in the cache or made and stored there."""
+def prepare(spec: Spec) -> tuple[Plan | None, cache.Entry]:
+    """The plan of a spec and the entry with its text, found in the cache or made and stored there. Without kernels
+    (Analysis.without_kernels) the plan is None, and the text a comment that says why.
+    """
+    _, plan, entry = _prepared(spec)
+    return plan, entry
+
+
+def _prepared(spec: Spec) -> tuple[Analysis, Plan | None, cache.Entry]:
     key = _key(spec)
     entry = cache.find(key) if key else None
     analysis = None if entry is None else restored(spec, entry.facts.get("derivatives"))
     if entry is not None and analysis is not None and config.cache_mode() != "verify":
-        return make_plan(analysis), entry
+        return analysis, _planned(analysis), entry
     return _make_text(spec, key)
 
 
-def _make_text(spec: Spec, key: Key | None) -> tuple[Plan, cache.Entry]:
-    from .render import render
+def _planned(analysis: Analysis) -> Plan | None:
+    return None if analysis.without_kernels else make_plan(analysis)
 
+
+def _make_text(spec: Spec, key: Key | None) -> tuple[Analysis, Plan | None, cache.Entry]:
     began = time.perf_counter()
     analysis = analyse(spec)
-    plan = make_plan(analysis)
+    plan = _planned(analysis)
     _render_logger.debug("%s: analysed and planned in %.0f ms\n%s", spec.name, _since(began), plan)
     began = time.perf_counter()
-    source = render(plan)
+    source = _text(analysis, plan)
     _render_logger.info("%s: rendered %d lines in %.0f ms", spec.name, source.count("\n"), _since(began))
     facts = {"derivatives": derivative_texts(analysis)}
     if key is None:
-        return plan, cache.Entry(spec.name, digest(source), source, facts)
+        return analysis, plan, cache.Entry(spec.name, digest(source), source, facts)
     entry = cache.store(key, source, facts)
     _code_logger.info("%s: kernels written to %s", spec.name, entry.path or "memory only")
-    return plan, entry
+    return analysis, plan, entry
+
+
+def _text(analysis: Analysis, plan: Plan | None) -> str:
+    if plan is None:
+        reason = analysis.without_kernels
+        return f"# {analysis.spec.name}: {reason}; it runs as chunkwise PyTorch on every device.\n"
+    from .render import render
+
+    return render(plan)
 
 
 def _make(spec: Spec, chunk_size: int | None, backend: str, input_precision: str | None) -> Op:
     from .op import Op
 
-    plan, entry = prepare(spec)
+    analysis, plan, entry = _prepared(spec)
+    if plan is None and backend == "triton":
+        make_plan(analysis)  # raises, and says why
 
     def torch_backend() -> Any:
         from .torch_backend import TorchBackend
 
-        return TorchBackend(plan.analysis, chunk_size)
+        return TorchBackend(analysis, chunk_size)
 
     def triton_backend() -> Any:
         from .load import load
@@ -122,7 +143,7 @@ def _make(spec: Spec, chunk_size: int | None, backend: str, input_precision: str
 
     return Op(
         spec=spec,
-        analysis=plan.analysis,
+        analysis=analysis,
         plan=plan,
         backend=backend,
         torch_backend=torch_backend,

@@ -30,8 +30,9 @@ class Op:
     """A compiled recurrence: op(*tensors, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None),
     with the spec's scalars as further keywords, gives (o, final_state). help(op.__call__) and op.__doc__ say more.
 
-    spec, analysis, plan: the stages that it was made from. source: the text of the Triton kernels. path: the file with
-    it, or None. backend: "auto", "triton" or "torch".
+    spec, analysis, plan: the stages that it was made from; a spec without Triton kernels has no plan. source: the text
+    of the kernels, or a comment that says why there are none. path: the file with it, or None. backend: "auto",
+    "triton" or "torch".
     torch_backend, triton_backend: make what runs a call, each called once, when it is first needed.
     origin: a function and its arguments that give this op, for pickle; without it the op cannot be pickled.
     """
@@ -60,7 +61,8 @@ class Op:
         self._names = tuple(one.name for one in spec.inputs)
         self._scalar_names = tuple(one.name for one in spec.scalars)
         self._casts = _cast_by_autocast(spec)
-        self._checks = Checks(analysis, _triton_devices(backend), backend == "triton")
+        triton = frozenset[str]() if analysis.without_kernels else _triton_devices(backend)
+        self._checks = Checks(analysis, triton, backend == "triton")
         self._passed: dict[tuple[Any, ...], Sizes] = {}
         options = () if origin is None else origin[1]
         identity = "\n".join((spec.to_json(), backend, repr(options), source))
@@ -95,7 +97,9 @@ class Op:
             o, *rest = function_of_a_call().apply(self, settings, cu_seqlens, len(tensors), *tensors, *state)
             final = rest[: self._checks.parts] if want_final else ()
         else:
-            o, final, _ = self._operators.forward(tensors, state, cu_seqlens, scalars, scale, want_final, False)
+            traced = compiling or torch._C._are_functorch_transforms_active()
+            forward = self._operators.forward if traced else self._operators.plain_forward
+            o, final, _ = forward(tensors, state, cu_seqlens, scalars, scale, want_final, False)
         if not want_final:
             return o, None
         return o, final[0] if self._checks.parts == 1 else (final[0], final[1])

@@ -22,6 +22,8 @@ BARE = {
     "log_decay": "natural log of the decay per step, <= 0",
     "phase": "angle of the decay per step, in radians",
     "bonus": "weight of the current token",
+    "erase_a": "what reads the state to erase",
+    "erase_b": "what is taken away with what was read",
 }
 
 

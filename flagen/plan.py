@@ -321,19 +321,12 @@ class Plan:
         return "\n".join(lines)
 
 
-def without_kernels(analysis: Analysis) -> str:
-    """Why an analysed spec has no Triton kernels yet, or "". It then runs as chunkwise PyTorch on every device."""
-    if analysis.erase != "none":
-        return "there are no Triton kernels for erase yet"
-    return "there are no Triton kernels for l2norm yet" if analysis.units else ""
-
-
 def make_plan(analysis: Analysis) -> Plan:
     """The plan of an analysed spec. Pure: the same analysis gives the same plan and text.
 
-    Raises PlanError where without_kernels says why there is none.
+    Raises PlanError where analysis.without_kernels says why there is none.
     """
-    if reason := without_kernels(analysis):
+    if reason := analysis.without_kernels:
         raise PlanError(
             f"{analysis.spec.name}: {reason}; compile it with backend='auto' or 'torch', which run it as chunkwise "
             "PyTorch on any device"

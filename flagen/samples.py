@@ -1,8 +1,9 @@
 """Tensors to try a spec on: values that its expressions can take, chosen by the roles in which they stand.
 
 An input is drawn from a standard normal distribution wherever that makes sense. The inputs of log_decay are drawn so
-that it is never positive and mostly weak enough for a state to live some tokens; those of the other roles so that the
-roles are finite.
+that it is never positive and mostly weak enough for a state to live some tokens; those of erase so that what is taken
+away is about what is there: vectors of the norm 1 or 1/2, numbers per token between 0 and 1. Those of the other roles
+are drawn so that the roles are finite.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from . import reference
-from .expr import AXES, Expr, Input, substitute
+from .expr import AXES, ROW_FUNCTIONS, Call, Expr, Input, substitute
 from .functions import evaluate
 from .intervals import interval
+from .rank_one import erase_kind
 
 if TYPE_CHECKING:
     from .spec import Spec
@@ -51,6 +53,9 @@ DRAWS = (
 )
 
 
+STRENGTH = Draw(0, 1, torch.sigmoid)  # of an erase
+
+
 def make_inputs(
     spec: Spec,
     *,
@@ -77,11 +82,16 @@ def make_inputs(
     Raises ValueError if no values are found for which log_decay is never positive.
     """
     draws, _ = _chosen(spec, _frozen(scalars))
+    erasing = _erasing(spec)
+    # of two vectors that are not one, what is taken away is not what was read, and the state may grow
+    norm = 0.5 if erase_kind(dict(spec.roles)) == "general" else 1.0
     found = {}
     for one in spec.inputs:
         rows = B if N is None or "t" in one.axes else N
         sizes = {"b": rows, "t": T, "h": (heads or {}).get(one.name, H), "k": K, "v": V}
         values = draws[one].make(_normal(one, [sizes[axis] for axis in one.axes], seed))
+        if one in erasing and "k" in one.axes and math.isinf(draws[one].low) and math.isinf(draws[one].high):
+            values = values * (norm * K**-0.5)
         own = gate_dtype if gate_dtype is not None and one in gates(spec) else dtype
         found[one.name] = values.to(own).to(device)
     return found
@@ -145,6 +155,16 @@ def gates(spec: Spec) -> set[Input]:
     return {one for role, expr in spec.roles if role in ("log_decay", "phase") for one in expr.inputs}
 
 
+def _erasing(spec: Spec) -> set[Input]:
+    """The inputs of erase, but for those whose size an l2norm takes away."""
+    found, pending = set(), list(spec.erase or ())
+    while pending:
+        node = pending.pop()
+        found |= {node} if isinstance(node, Input) else set()
+        pending += () if isinstance(node, Call) and node.function in ROW_FUNCTIONS else node.children
+    return found
+
+
 def _frozen(scalars: Mapping[str, float] | None) -> tuple[tuple[str, float], ...] | None:
     return None if scalars is None else tuple(sorted((name, float(value)) for name, value in scalars.items()))
 
@@ -164,10 +184,16 @@ def _chosen(spec: Spec, given: tuple | None) -> tuple[dict[Input, Draw], tuple[t
     # log_decay first, it asks the most; then what shares inputs with it
     decay = set() if spec.log_decay is None else set(spec.log_decay.inputs)
     roles = sorted(spec.roles, key=lambda item: (item[0] != "log_decay", not decay & set(item[1].inputs)))
-    for scalars in _scalar_values(spec) if given is None else (given,):
-        chosen = _filled(roles, {}, dict(scalars))
-        if chosen is not None:
-            return chosen, scalars
+    strengths = {
+        one: STRENGTH
+        for one in _erasing(spec)
+        if "k" not in one.axes and one not in decay and one.low is None and one.high is None
+    }
+    for first in (strengths, {}) if strengths else ({},):
+        for scalars in _scalar_values(spec) if given is None else (given,):
+            chosen = _filled(roles, dict(first), dict(scalars))
+            if chosen is not None:
+                return chosen, scalars
     wanted = "" if spec.log_decay is None else f" and log_decay = {spec.log_decay} <= 0"
     raise ValueError(
         f"{spec.name}: no inputs were found for which all expressions are finite{wanted}; declare bounds that make it "
@@ -237,7 +263,7 @@ def _sampled(expr: Expr, draws: Mapping[Input, Draw], scalars: Mapping[str, floa
     for one in expr.inputs:
         drawn = draws[one].make(_normal(one, [sizes[axis] for axis in one.axes], seed=17)).double()
         values[one.name] = drawn.view([sizes[axis] if axis in one.axes else 1 for axis in AXES])
-    value = evaluate(expr, values, 4)
+    value = evaluate(expr, values, 4, channel=AXES.index("k") - len(AXES))
     return value if isinstance(value, Tensor) else torch.tensor(float(value))
 
 

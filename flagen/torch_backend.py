@@ -141,7 +141,9 @@ class TorchBackend:
         values_and_sums = [(value, state[0]), *((torch.ones_like(value[..., :1]), z.unsqueeze(-1)) for z in state[1:])]
         for own, sums in values_and_sums:
             out = weight * own + _read(reads, sums) if exclusive else None
-            if decay is not None:
+            if self.analysis.erase != "none":
+                own = self._erased(token, sizes, sums, decay, own, writes)
+            elif decay is not None:
                 sums.mul_(decay)
             sums.add_(writes.unsqueeze(-1) * own.unsqueeze(-2))
             outputs.append(out if exclusive else _read(reads, sums))
@@ -161,6 +163,22 @@ class TorchBackend:
         if not self.normalized:
             return (states,)
         return states, torch.ones(sizes.batch, sizes.time, sizes.heads, **sizes.options)
+
+    def _erased(
+        self, token: Callable[[str, int], Tensor], sizes: Sizes, state: Tensor, decay: Tensor | None, value: Tensor,
+        key: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Takes from the state what a token erases, and decays it, in place. Returns what the key is still to write."""
+        delta = self.analysis.erase == "delta"
+        a = key if delta else token("erase_a", sizes.key)
+        read = _read(a, state) if self.analysis.erase_previous else None
+        if decay is not None:
+            state.mul_(decay)
+        read = _read(a, state) if read is None else read
+        if delta:
+            return value - token("erase", 1) * read
+        state.sub_(token("erase_b", sizes.key).unsqueeze(-1) * read.unsqueeze(-2))
+        return value
 
     def _step_decay(self, token: Callable[[str, int], Tensor], sizes: Sizes) -> Tensor | None:
         """The factor of the state for one token, broadcastable to [B, H, F, V]."""

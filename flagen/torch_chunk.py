@@ -9,7 +9,7 @@ decay of exactly zero is a reset; nothing overflows whatever the decay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,9 @@ from . import torch_taylor as taylor_map
 
 
 class Gradients(NamedTuple):
-    """Gradients of a piece; None where not wanted. `diagonal` and `angle` are those of the arguments of those names."""
+    """Gradients of a piece; None where not wanted. `diagonal` and `angle` are those of the arguments of those names,
+    `erase` those of the erasing roles by name.
+    """
 
     query: Tensor | None
     key: Tensor | None
@@ -27,6 +29,7 @@ class Gradients(NamedTuple):
     log_decay: Tensor | None
     diagonal: Tensor | None
     angle: Tensor | None
+    erase: Mapping[str, Tensor] | None = None
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

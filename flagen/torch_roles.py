@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .expr import AXES, Expr, Input, Number
-from .functions import evaluate
+from .functions import evaluate, l2norm
 from .torch_chunk import Gradients, Piece, ScalarPiece, wide_dtype
+from .torch_delta import ErasePiece
 from .torch_tree import KeyPiece, ValuePiece
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Span:
 def environment(
     analysis: Analysis, inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...], sizes: Sizes, span: Span
 ) -> dict[str, Tensor]:
-    """Every input and constant by name, broadcastable to [n, B, H, C, D], in the working dtype."""
+    """Every input, constant and unit by name, broadcastable to [n, B, H, C, D], in the working dtype."""
     found = {}
     for declared, tensor in zip(analysis.inputs, inputs, strict=True):
         view = span.of_input(tensor, declared).to(sizes.dtype)
@@ -97,6 +98,8 @@ def environment(
         found[declared.name] = view
     for (declared, _), tensor in zip(analysis.constants, constants, strict=True):
         found[declared.name] = tensor.to(sizes.dtype).view(1, 1, -1, 1, 1)
+    for unit, expr in analysis.units:
+        found[unit.name] = l2norm(evaluated(expr, found, sizes))[0]
     return found
 
 
@@ -107,8 +110,8 @@ def evaluated(expr: Expr, values: dict[str, Tensor], sizes: Sizes) -> Tensor:
 
 class Roles:
     """The roles of a span, each [n, B * H, C, D] and fresh: query (scaled), key, value (with a column of ones for the
-    normaliser), log_decay, bonus and the rotation by the phase, where the spec has them. Maps come first, then rows are
-    filled up with zeros, where the decay needs chunks of a power of two.
+    normaliser), log_decay, bonus, what erases, and the rotation by the phase, where the spec has them. Maps come first,
+    then rows are filled up with zeros, where the decay needs chunks of a power of two.
     """
 
     def __init__(self, analysis: Analysis, values: dict[str, Tensor], sizes: Sizes, span: Span, scale: float) -> None:
@@ -123,6 +126,8 @@ class Roles:
         width = {"key": sizes.key, "value": sizes.value}.get(analysis.decay, 1)
         self.log_decay = self._packed("log_decay", width)
         self.bonus = self._packed("bonus", sizes.key)
+        self.erase = self._packed("erase", 1)
+        self.erase_a, self.erase_b = self._packed("erase_a", sizes.key), self._packed("erase_b", sizes.key)
         phase = self._packed("phase", sizes.key)
         self.rotation = None if phase is None else Rotation(phase, analysis.exclusive)
 
@@ -138,7 +143,7 @@ class Roles:
         out[..., span.size :, :] = 0
         return out.flatten(1, 2)
 
-    def piece(self) -> Piece:
+    def piece(self) -> Piece | ErasePiece:
         query, key, log_decay, turn, diagonal = self.query, self.key, self.log_decay, None, None
         if self.bonus is not None:
             diagonal = (query * self.bonus).mul_(key).sum(-1)
@@ -148,6 +153,9 @@ class Roles:
                 log_decay = torch.cat((log_decay, log_decay), -1)
         if self.analysis.decay == "scalar" and not self.analysis.decay_varies:
             log_decay = log_decay[:1]
+        if self.analysis.erase != "none":
+            erased = self.erase, self.erase_a, self.erase_b, self.analysis.erase_previous
+            return ErasePiece(query, key, self.value, log_decay, *erased, self.analysis.decay == "key")
         return PIECES[self.analysis.decay](query, key, self.value, log_decay, diagonal, self.analysis.taylor, turn)
 
     def gradients(self, grads: Gradients, wants: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -173,7 +181,7 @@ class Roles:
             query = query.mul_(self.scale)
         if value is not None:
             value = value[..., : self.sizes.value]
-        found |= {"query": query, "key": key, "value": value, "log_decay": log_decay}
+        found |= {"query": query, "key": key, "value": value, "log_decay": log_decay} | (grads.erase or {})
         return {role: self.unpacked(x) for role, x in found.items() if x is not None}
 
     def unpacked(self, x: Tensor) -> Tensor:
@@ -245,7 +253,13 @@ class ChainRule:
         self.sizes = sizes
         self.inputs = dict(zip(analysis.inputs, inputs, strict=True))
         needed = {declared for declared, need in zip(analysis.inputs, needs, strict=True) if need}
-        self.terms = [term for term in analysis.gradients if term[1] in needed]
+        # a unit is needed where something that is needed stands in it
+        self.units = {
+            unit: expr
+            for unit, expr in analysis.units
+            if any(role == unit.name and one in needed for role, one, _ in analysis.gradients)
+        }
+        self.terms = [term for term in analysis.gradients if term[1] in needed or term[1] in self.units]
         self.roles = {role for role, _, _ in self.terms}
         if "phase" in self.roles:
             self.roles |= {"query", "key"}  # of which the phase's gradient is made
@@ -262,15 +276,13 @@ class ChainRule:
 
     def add(self, gradients: dict[str, Tensor], roles: Roles) -> None:
         totals: dict[Input, Tensor] = {}
-        for role, declared, derivative in self.terms:
-            term = gradients[role]
-            if derivative != Number(1):
-                term = term * evaluate(derivative, roles.values, self.sizes.heads)
-            if role == "log_decay":
-                # where the decay is zero so is its gradient, whatever the gate's derivative is there
-                term = term.masked_fill(roles.unpacked(roles.log_decay).exp() == 0, 0.0)
-            term = _reduced(term, declared, self.inputs[declared])
-            totals[declared] = totals[declared] + term if declared in totals else term
+        units = {unit.name for unit in self.units}
+        self._add_terms(totals, gradients, roles, lambda role: role not in units)
+        by_unit = {}
+        for unit, expr in self.units.items():
+            if (total := totals.pop(unit, None)) is not None:
+                by_unit[unit.name] = _through_l2norm(total, evaluated(expr, roles.values, self.sizes))
+        self._add_terms(totals, by_unit, roles, lambda role: role in by_unit)
         for declared, total in totals.items():
             view = roles.span.of_input(self.sums[declared], declared)
             if "t" in declared.axes:
@@ -278,14 +290,39 @@ class ChainRule:
             else:
                 view.add_(total)
 
+    def _add_terms(
+        self, totals: dict[Input, Tensor], gradients: dict[str, Tensor], roles: Roles, chosen: Callable[[str], bool]
+    ) -> None:
+        """Adds to `totals` what the chosen roles give to inputs and units."""
+        for role, declared, derivative in self.terms:
+            if not chosen(role):
+                continue
+            term = gradients[role]
+            if derivative != Number(1):
+                term = term * evaluate(derivative, roles.values, self.sizes.heads)
+            if role == "log_decay":
+                # where the decay is zero so is its gradient, whatever the gate's derivative is there
+                term = term.masked_fill(roles.unpacked(roles.log_decay).exp() == 0, 0.0)
+            given = self.inputs.get(declared)
+            heads = self.sizes.heads if given is None else given.shape[declared.axes.find("h")]
+            term = _reduced(term, declared.axes, heads if "h" in declared.axes else 1)
+            totals[declared] = totals[declared] + term if declared in totals else term
+
     def results(self) -> tuple[Tensor | None, ...]:
         """In the order, shapes and dtypes of the inputs; None where not needed."""
         return tuple(self.sums[x].to(tensor.dtype) if x in self.sums else None for x, tensor in self.inputs.items())
 
 
-def _reduced(term: Tensor, declared: Input, tensor: Tensor) -> Tensor:
-    """term [n, B, H, C, D] summed over what `declared` lacks, with 1 in its place; heads that share one are summed."""
-    dims = [i for axes, i in (("t", 0), ("b", 1), ("t", 3), ("kv", 4)) if not set(axes) & set(declared.axes)]
+def _through_l2norm(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x from that of its l2norm."""
+    unit, factor = l2norm(x)
+    return (gradient - unit * (gradient * unit).sum(-1, keepdim=True)).mul_(factor)
+
+
+def _reduced(term: Tensor, axes: str, heads: int) -> Tensor:
+    """term [n, B, H, C, D] summed over the axes that are not in `axes`, with 1 in their place, and over heads that
+    share one of `heads`.
+    """
+    dims = [i for own, i in (("t", 0), ("b", 1), ("t", 3), ("kv", 4)) if not set(own) & set(axes)]
     term = term.sum(dims, keepdim=True) if dims else term
-    heads = tensor.shape[declared.axes.index("h")] if "h" in declared.axes else 1
     return term.unflatten(2, (heads, -1)).sum(3) if heads < term.shape[2] else term

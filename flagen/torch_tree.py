@@ -19,8 +19,10 @@ from .torch_chunk import Gradients, Piece, left_product, triangle
 class Tree:
     """The walk through the levels for chunks [N, C, D], C a power of two. decay: exp(log_decay) [N, C, D].
 
-    `prefixed` are tensors [N, C, D] that hold, at each level, their token's factor from the start of its half block,
-    and `suffixed` those with the factor to its end; both are updated in place, and after the walk span the whole chunk.
+    Tensors [N, C, D] may have m rows a token instead, [N, C * m, D], and scores [N, C * m, C * n]: a token's rows lie
+    next to each other. `prefixed` are tensors that hold, at each level, their token's factor from the start of its half
+    block, and `suffixed` those with the factor to its end; both are updated in place, and after the walk span the whole
+    chunk.
     """
 
     def __init__(self, decay: Tensor, prefixed: tuple[Tensor, ...], suffixed: tuple[Tensor, ...]) -> None:
@@ -29,17 +31,18 @@ class Tree:
 
     def right(self, x: Tensor) -> Tensor:
         """The right halves of this level's blocks [N * blocks, m, D], a view."""
-        return x.view(-1, 2, self.half, x.shape[-1])[:, 1]
+        return x.view(-1, 2, self.half * (x.shape[1] // self.size), x.shape[-1])[:, 1]
 
     def left(self, x: Tensor) -> Tensor:
-        return x.view(-1, 2, self.half, x.shape[-1])[:, 0]
+        return x.view(-1, 2, self.half * (x.shape[1] // self.size), x.shape[-1])[:, 0]
 
     def tiles(self, scores: Tensor) -> Tensor:
         """This level's part of scores [N, C, C]: [N, blocks, m, m], a view."""
-        size, half = self.size, self.half
-        strides = (size * size, 2 * half * (size + 1), size, 1)
-        start = scores.storage_offset() + half * size
-        return scores.as_strided((self.batch, size // (2 * half), half, half), strides, start)
+        rows, width = scores.shape[1:]
+        high, wide = self.half * (rows // self.size), self.half * (width // self.size)
+        strides = (rows * width, 2 * (high * width + wide), width, 1)
+        start = scores.storage_offset() + high * width
+        return scores.as_strided((self.batch, self.size // (2 * self.half), high, wide), strides, start)
 
     def levels(self) -> Iterator[None]:
         self.half = 1

@@ -8,6 +8,7 @@ import warnings
 import torch
 
 from flagen import reference, specs
+from flagen.analysis import analyse
 from flagen.expr import (
     Input,
     Scalar,
@@ -16,6 +17,7 @@ from flagen.expr import (
     head,
     heads,
     k,
+    l2norm,
     log,
     logsigmoid,
     maximum,
@@ -37,6 +39,7 @@ SPANS = [0, 70, 70, 103, 140]  # an empty sequence, and tokens past the last
 gs, dt, gb = Input("gs", "b t h"), Input("dt", "b t h"), Input("gb", "b h")
 gk, gv, gbk = Input("gk", "b t h k"), Input("gv", "b t h v"), Input("gbk", "b h k")
 wk, wv, u, ut = Input("wk", "h k"), Input("wv", "h v"), Input("u", "h k"), Input("ut", "b t h k")
+a, b, beta = Input("a", "b t h k"), Input("b", "b t h k"), Input("beta", "b t h")
 th, ths, layer = Input("th", "b t h k"), Input("ths", "b t h"), Scalar("layer")
 
 
@@ -81,8 +84,28 @@ def _combinations() -> list[Spec]:
         ]
 
 
-SHIPPED = [specs.get(name) for name in specs.names()]
+def _erasing() -> list[Spec]:
+    delta = Spec("delta", query=l2norm(q), key=beta * l2norm(k), erase=(l2norm(k), beta * l2norm(k)))
+    low_rank = Spec("low_rank", erase=(a, b))
+    return [
+        delta.replace("delta_key_previous", log_decay=logsigmoid(gk), erase_reads="previous"),
+        delta.replace("delta_fixed", log_decay=log(1 - 2 ** (-5 - head)) * layer, erase_reads="previous"),
+        delta.replace("delta_fixed_key", log_decay=-exp(wk), key=l2norm(silu(k)), erase=(l2norm(silu(k)),) * 2),
+        low_rank,
+        low_rank.replace("low_rank_key", query=q - tanh(u) * k, log_decay=logsigmoid(gk)),
+        low_rank.replace("low_rank_scalar", log_decay=logsigmoid(gs), erase=(a, sigmoid(gs) * b)),
+        low_rank.replace("low_rank_row_previous", log_decay=logsigmoid(gb), erase_reads="previous"),
+        Spec("reflected", log_decay=logsigmoid(gbk), erase=(l2norm(a + b), 2 * sigmoid(ths) * l2norm(a + b))),
+        Spec("normed", query=l2norm(q * sigmoid(gs)), key=l2norm(softplus(k)) * gs, log_decay=logsigmoid(gk), bonus=u),
+        Spec("normed_taylor", feature_map=taylor(2), query=l2norm(q), key=l2norm(k * u)),
+    ]
+
+
+EVERY_SHIPPED = [specs.get(name) for name in specs.names()]
+SHIPPED = [spec for spec in EVERY_SHIPPED if not analyse(spec).without_kernels]
 ALL = SHIPPED + _combinations()
+# what the torch backend alone runs
+WITHOUT_KERNELS = [spec for spec in EVERY_SHIPPED if spec not in SHIPPED] + _erasing()
 
 
 def make(spec, batch, time, heads_, key, value, *, sequences=None, groups=None, dtype=torch.float64, seed=0):
@@ -98,6 +121,10 @@ def make(spec, batch, time, heads_, key, value, *, sequences=None, groups=None, 
             x = -x.abs()
         if one.name == "dt":
             x = x.abs() * 0.3
+        if one.name == "beta":
+            x = 2 * torch.sigmoid(x)
+        if one.name in ("a", "b") and "k" in one.axes:
+            x = x * key**-0.5
         found.append(x.to(dtype))
     return tuple(found)
 

@@ -61,6 +61,11 @@ x, y = Input("x", "b t h"), Input("y", "b t h")
         ("mamba2", "scalar", True, None, []),
         ("hgrn2", "key", True, None, []),
         ("linear", "none", False, None, []),
+        ("delta_net", "none", False, None, []),
+        ("gated_delta_net", "scalar", True, None, []),
+        ("kda", "key", True, None, []),
+        ("comba", "scalar", True, None, []),
+        ("rwkv7", "key", True, None, []),
     ],
 )
 def test_facts_of_the_shipped_specs(name, decay, varies, low, constants):
@@ -72,6 +77,9 @@ def test_facts_of_the_shipped_specs(name, decay, varies, low, constants):
     assert analysis.exclusive == (name == "rwkv6")
     assert analysis.taylor == (2 if name == "based" else 0)
     assert (analysis.normalizer is not None) == (name in ("based", "linear"))
+    kinds = {"delta_net": "delta", "gated_delta_net": "delta", "kda": "delta", "comba": "delta", "rwkv7": "general"}
+    assert analysis.erase == kinds.get(name, "none")
+    assert analysis.erase_previous == (name in ("comba", "rwkv7"))
     assert [role for role, _ in analysis.roles][:3] == ["query", "key", "value"]
     assert str(analysis).startswith(name)
 

@@ -16,6 +16,7 @@ import pytest
 import flagen
 from flagen import cli_cache, cli_check, cli_pool, cli_progress, cli_regen, demo, specs
 from flagen.__main__ import main, parser
+from flagen.analysis import analyse
 from flagen.cli_check import Grid, Line
 from flagen.cli_spec import find_spec
 from flagen.demo_example import my_attention
@@ -112,7 +113,15 @@ def test_show_every_spec(capsys, name):
     for one in spec.inputs:
         sizes = ", ".join(str({"b": 2, "t": 100, "h": 3, "k": 16, "v": 24}[axis]) for axis in one.axes)
         assert f"[{sizes}]" in out
-    assert f"{name}_fwd_kernel" in out
+    analysis = analyse(spec)
+    assert (f"{name}_fwd_kernel" if not analysis.without_kernels else f"none: {analysis.without_kernels}") in out
+    assert (f"erase: {analysis.erase}" in out) == (spec.erase is not None)
+
+
+def test_emit_of_what_has_no_kernels(capsys):
+    status, out, err = run(capsys, "emit", "rwkv7")
+    assert (status, out) == (2, "")
+    assert err.startswith("flagen: rwkv7: there are no Triton kernels for erase yet; compile it with")
 
 
 def test_show_counts_bytes(capsys):
@@ -156,8 +165,9 @@ def test_regen_writes_checks_and_removes(capsys, tmp_path, monkeypatch, rendered
     assert run(capsys, *there, "--check")[0] == 1
     status, out, _ = run(capsys, *there)
     assert status == 0
-    assert len(out.splitlines()) == len(specs.names())
-    assert {path.stem for path in (tmp_path / "generated").iterdir()} == set(specs.names())
+    with_kernels = {name for name in specs.names() if not analyse(specs.get(name)).without_kernels}
+    assert len(out.splitlines()) == len(with_kernels) > 8
+    assert {path.stem for path in (tmp_path / "generated").iterdir()} == with_kernels
     assert run(capsys, *there, "--check") == (0, "", "")
     assert run(capsys, *there) == (0, "", "")
     edited, extra = tmp_path / "generated" / "gla.py", tmp_path / "generated" / "old.py"

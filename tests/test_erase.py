@@ -4,57 +4,46 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from cases import SCALARS, WITHOUT_KERNELS, a, b, beta, constants_of, error, expected, extreme, gk, gs, gv, make, u
 from torch.nn.functional import normalize
 
-from flagen import reference
+import flagen
+from flagen import op, reference
 from flagen.analysis import analyse, derivative_texts, restored
 from flagen.errors import PlanError, SpecError
-from flagen.expr import Input, Scalar, exp, head, k, l2norm, logsigmoid, q, sigmoid, silu, tanh, taylor, to_text, v
+from flagen.expr import Input, Scalar, exp, head, k, l2norm, logsigmoid, q, sigmoid, silu, taylor, to_text, v
 from flagen.functions import evaluate
 from flagen.intervals import interval
 from flagen.parse import parse
-from flagen.plan import make_plan, without_kernels
+from flagen.plan import make_plan
+from flagen.samples import make_inputs, make_scalars
 from flagen.spec import Spec
+from flagen.testing import check
+from flagen.torch_backend import TorchBackend
 
-a, b, r = Input("a", "b t h k"), Input("b", "b t h k"), Input("r", "b t h k")
-beta, gs, gk, gv = Input("beta", "b t h"), Input("gs", "b t h"), Input("gk", "b t h k"), Input("gv", "b t h v")
-u, theta = Input("u", "h k"), Input("theta", "b t h")
-
+r, theta = Input("r", "b t h k"), Input("theta", "b t h")
+NAMED = {spec.name: spec for spec in WITHOUT_KERNELS}
 DELTA = Spec("delta", query=l2norm(q), key=beta * l2norm(k), erase=(l2norm(k), beta * l2norm(k)))
 GATED = DELTA.replace("gated", log_decay=gs)
 PLUS_LOW_RANK = Spec("plus_low_rank", query=r, log_decay=gk, erase=(-a, b), erase_reads="previous", scale=1)
-SPECS = [
-    DELTA,
-    GATED,
-    DELTA.replace("channels", log_decay=gk),
-    DELTA.replace("channels_previous", log_decay=gk, erase_reads="previous"),
-    PLUS_LOW_RANK,
-    PLUS_LOW_RANK.replace("low_rank_decayed", erase_reads="decayed"),
-    Spec("low_rank", erase=(a, b)),
-    Spec("scalar_low_rank", log_decay=gs, erase=(a, sigmoid(gs) * b), erase_reads="previous"),
-    Spec("reflected", query=q - tanh(u) * k, log_decay=logsigmoid(gs), erase=(a, 2 * sigmoid(beta) * a)),
-]
-EVERY = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+ERASING = [spec for spec in WITHOUT_KERNELS if spec.erase is not None]
+EVERY = pytest.mark.parametrize("spec", ERASING, ids=lambda spec: spec.name)
+TRAVELLERS = pytest.mark.parametrize("spec", WITHOUT_KERNELS, ids=lambda spec: spec.name)
 
 
 def drawn(spec, batch=2, time=6, heads=2, key=4, value=3, seed=0):
-    """Inputs of moderate size: log decays <= 0, vectors of about unit norm."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for one in spec.inputs:
-        sizes = {"b": batch, "t": time, "h": heads, "k": key, "v": value}
-        x = torch.randn([sizes[axis] for axis in one.axes], generator=generator, dtype=torch.float64)
-        if one.name in ("gs", "gk"):
-            x = -x.abs() / 2
-        if one.name in ("a", "b"):
-            x = x * key**-0.5
-        if one.name == "beta":
-            x = 2 * torch.sigmoid(x)
-        found.append(x)
-    return tuple(found)
+    """Inputs as cases makes them, but for gates that are log decays themselves."""
+    inputs = make(spec, batch, time, heads, key, value, seed=seed)
+    direct = spec.log_decay in (gs, gk)
+    return tuple(
+        -x.abs() if direct and one == spec.log_decay else x for one, x in zip(spec.inputs, inputs, strict=True)
+    )
 
 
 # --- the language
@@ -76,12 +65,12 @@ def test_equations():
     assert r"\operatorname{l2norm}\left(k_{t}\right)" in DELTA.latex()
 
 
-@EVERY
+@TRAVELLERS
 def test_specs_travel(spec):
     assert Spec.from_json(spec.to_json()) == spec and spec.replace(spec.name) == spec
     assert hash(Spec.from_json(spec.to_json())) == hash(spec)
     assert restored(spec, json.loads(json.dumps(derivative_texts(analyse(spec))))) == analyse(spec)
-    assert "erase=(" in repr(spec) and str(spec).startswith(f"{spec.name}\n    S_t = ")
+    assert ("erase=(" in repr(spec)) == (spec.erase is not None) and str(spec).startswith(f"{spec.name}\n    S_t = ")
 
 
 def test_inputs_of_erase_come_last():
@@ -226,9 +215,9 @@ def test_facts():
 
 
 def test_there_are_no_kernels_and_one_place_says_so():
-    assert not without_kernels(analyse(Spec("s")))
+    assert not analyse(Spec("s")).without_kernels
     for spec, what in ((DELTA, "erase"), (Spec("s", key=l2norm(k)), "l2norm")):
-        assert without_kernels(analyse(spec)) == f"there are no Triton kernels for {what} yet"
+        assert analyse(spec).without_kernels == f"there are no Triton kernels for {what} yet"
         with pytest.raises(PlanError, match=f"{spec.name}: there are no Triton kernels for {what} yet; compile it"):
             make_plan(analyse(spec))
 
@@ -236,15 +225,20 @@ def test_there_are_no_kernels_and_one_place_says_so():
 # --- the reference
 
 
+def run(spec, inputs, **options):
+    return reference.run(spec, inputs, scalars=SCALARS, **options)
+
+
 def by_hand(spec, inputs, state, scale):
     """The recurrence with matrices, in the order in which it is read."""
     values = {one.name: x for one, x in zip(spec.inputs, inputs, strict=True)}
 
     def of(expr, t):
-        now = {}
+        now = dict(SCALARS) | {"head": torch.arange(2.0, dtype=torch.float64).view(-1, 1)}
         for one in spec.inputs:
             x = values[one.name]
-            x = x.select(one.axes.index("t"), t) if "t" in one.axes else x.unsqueeze(0)
+            x = x.select(one.axes.index("t"), t) if "t" in one.axes else x
+            x = x if "b" in one.axes else x.unsqueeze(0)
             now[one.name] = x if one.axes[-1] in "kv" else x.unsqueeze(-1)
         return evaluate(expr, now, 2)
 
@@ -265,7 +259,7 @@ def test_the_reference_is_the_recurrence(spec):
     inputs = drawn(spec)
     start = torch.randn(2, 2, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     want, want_final = by_hand(spec, inputs, start, 0.7)
-    o, final = reference.run(spec, inputs, scale=0.7, initial_state=start, output_final_state=True)
+    o, final = run(spec, inputs, scale=0.7, initial_state=start, output_final_state=True)
     torch.testing.assert_close(o, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(final, want_final, rtol=1e-12, atol=1e-12)
 
@@ -278,7 +272,7 @@ def test_autograd_agrees_with_finite_differences(spec, segment):
 
     def outputs(*tensors):
         *given, state = tensors
-        return reference.run(spec, given, initial_state=state, output_final_state=True, segment=segment)
+        return run(spec, given, initial_state=state, output_final_state=True, segment=segment)
 
     assert torch.autograd.gradcheck(outputs, (*inputs, start), fast_mode=True)
 
@@ -286,11 +280,11 @@ def test_autograd_agrees_with_finite_differences(spec, segment):
 @EVERY
 def test_the_whole_equals_its_pieces_with_carried_state(spec):
     inputs = drawn(spec, time=9)
-    whole, final = reference.run(spec, inputs, output_final_state=True)
+    whole, final = run(spec, inputs, output_final_state=True)
     pieces, state = [], None
     for begin, end in ((0, 1), (1, 5), (5, 5), (5, 9)):
         now = [x[:, begin:end] if "t" in one.axes else x for one, x in zip(spec.inputs, inputs, strict=True)]
-        o, state = reference.run(spec, now, initial_state=state, output_final_state=True)
+        o, state = run(spec, now, initial_state=state, output_final_state=True)
         pieces.append(o)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(state, final, rtol=1e-12, atol=1e-12)
@@ -298,9 +292,9 @@ def test_the_whole_equals_its_pieces_with_carried_state(spec):
 
 def test_sequences_in_one_row_equal_separate_calls():
     inputs = drawn(GATED, batch=1, time=9)
-    together, final = reference.run(GATED, inputs, cu_seqlens=[0, 4, 4, 8], output_final_state=True)
+    together, final = run(GATED, inputs, cu_seqlens=[0, 4, 4, 8], output_final_state=True)
     for i, (begin, end) in enumerate(((0, 4), (4, 4), (4, 8))):
-        o, state = reference.run(GATED, [x[:, begin:end] for x in inputs], output_final_state=True)
+        o, state = run(GATED, [x[:, begin:end] for x in inputs], output_final_state=True)
         torch.testing.assert_close(together[:, begin:end], o)
         torch.testing.assert_close(final[i : i + 1], state)
     assert not together[:, 8:].any()
@@ -308,9 +302,9 @@ def test_sequences_in_one_row_equal_separate_calls():
 
 def test_a_full_erase_replaces_what_a_key_holds():
     """With beta = 1 and a unit key the state answers that key with the last value, whatever it held before."""
-    query, key, rate, value = drawn(DELTA, batch=1, heads=1)
+    _, key, rate, value = drawn(DELTA, batch=1, heads=1)
     rate = torch.ones_like(rate)
-    o, final = reference.run(DELTA, (key, key, rate, value), scale=1.0)
+    o, final = run(DELTA, (key, key, rate, value), scale=1.0)
     torch.testing.assert_close(o, value, rtol=1e-5, atol=1e-5)
     assert final is None
 
@@ -320,9 +314,160 @@ def test_a_reset_forgets_only_what_is_not_read_before_it():
         inputs = list(drawn(spec, batch=1))
         inputs[spec.inputs.index(gk)][:, 3] = -math.inf
         inputs = [x.requires_grad_() for x in inputs]
-        o, _ = reference.run(spec, inputs)
-        fresh, _ = reference.run(spec, [x[:, 3:] for x in inputs])
+        o, _ = run(spec, inputs)
+        fresh, _ = run(spec, [x[:, 3:] for x in inputs])
         assert torch.allclose(o[:, 3:], fresh) == forgets
         gradients = torch.autograd.grad(o.sum(), inputs)
         assert all(x.isfinite().all() for x in gradients)
         assert not gradients[spec.inputs.index(gk)][:, 3].any()
+
+
+# --- the torch path, beyond what test_torch_backend asks of every spec
+
+
+def compared(spec, inputs, *, dtype=torch.float64, chunk=None, start=True):
+    """The largest error of output, state and gradients of the torch path, and its gradients."""
+    backend = TorchBackend(analyse(spec), chunk)
+    inputs = tuple(x.to(dtype) for x in inputs)
+    sizes = {one.name: x for one, x in zip(spec.inputs, inputs, strict=True)}
+    heads, key, value = *sizes["k"].shape[2:], sizes["v"].shape[-1]
+    generator = torch.Generator().manual_seed(5)
+    initial = (torch.randn(1, heads, key, value, generator=generator, dtype=torch.float64),) if start else ()
+    constants = constants_of(backend.analysis, heads)
+    o, final, do, dfinal, want = expected(spec, inputs, 0.3, initial, None)
+    out = backend.forward(inputs, constants, 0.3, initial, None, True, True)
+    got, d_initial = backend.backward(
+        do, dfinal, out.o, out.saved, inputs, constants, 0.3, initial, None, (True,) * len(inputs), start
+    )
+    pairs = zip((out.o, *out.final, *got, *d_initial), (o, *final, *want), strict=True)
+    return max(error(x, y) for x, y in pairs), dict(zip((one.name for one in spec.inputs), got, strict=True))
+
+
+@pytest.mark.parametrize("dtype,chunk,limit", [(torch.float64, 16, 1e-11), (torch.float32, None, 5e-6)])
+@pytest.mark.parametrize("reads", ["decayed", "previous"])
+@pytest.mark.parametrize("gate", [gs, gk], ids=lambda gate: gate.name)
+@pytest.mark.parametrize("erase", [(k, beta * k), (a, b)], ids=["delta", "low_rank"])
+def test_decays_from_zero_to_minus_infinity(erase, gate, reads, chunk, dtype, limit):
+    key = beta * k if erase[0] == k else k
+    spec = Spec("extreme", key=key, log_decay=gate, erase=erase, erase_reads=reads)
+    inputs = dict(zip(spec.inputs, make(spec, 1, 80, 2, 16, 12), strict=True))
+    inputs[k] = normalize(inputs[k], dim=-1)
+    inputs[gate] = extreme(inputs[gate].shape, torch.Generator().manual_seed(3))
+    worst, gradients = compared(spec, inputs.values(), dtype=dtype, chunk=chunk)
+    assert worst < limit
+    assert all(x.isfinite().all() for x in gradients.values())
+    assert not gradients[gate.name][inputs[gate] == -math.inf].any()
+
+
+@pytest.mark.parametrize("size,most,limit", [(1.0, 2.0, 3e-6), (1.3, 1.0, 1e-5), (0.2, 2.0, 3e-6), (1.0, 0.0, 3e-6)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_reflections_and_keys_of_any_norm(size, most, limit, gated):
+    """beta up to 2, where what a key holds is turned round, and keys for which the state grows with every token."""
+    spec = Spec("any_norm", key=beta * k, log_decay=logsigmoid(gs + 3) if gated else None, erase=(k, beta * k))
+    inputs = dict(zip(spec.inputs, make(spec, 1, 100, 1, 16, 12), strict=True))
+    inputs[k] = size * normalize(inputs[k], dim=-1)
+    inputs[beta] = torch.full_like(inputs[beta], most)
+    assert compared(spec, inputs.values())[0] < 1e-11
+    assert compared(spec, inputs.values(), dtype=torch.float32)[0] < limit
+
+
+def test_the_same_key_again_and_again():
+    """The chunk's matrix is then as full as can be."""
+    spec = Spec("again", key=beta * k, erase=(k, beta * k))
+    inputs = dict(zip(spec.inputs, make(spec, 1, 130, 2, 8, 6), strict=True))
+    inputs[k] = normalize(inputs[k][:, :1], dim=-1).expand(-1, 130, -1, -1)
+    for most, limit in ((0.05, 2e-6), (1.0, 2e-6), (2.0, 4e-5)):
+        inputs[beta] = torch.full_like(inputs[beta], most)
+        assert compared(spec, inputs.values())[0] < 1e-11
+        assert compared(spec, inputs.values(), dtype=torch.float32)[0] < limit
+
+
+@pytest.mark.parametrize(
+    "name", ["delta_key_previous", "delta_fixed_key", "low_rank", "low_rank_key", "low_rank_scalar"]
+)
+def test_a_later_token_changes_no_bit_of_an_earlier_output(name):
+    spec = NAMED[name]
+    inputs = make(spec, 1, 100, 2, 16, 16, dtype=torch.float32)
+    changed = tuple(x.clone() for x in inputs)
+    for one, x in zip(spec.inputs, changed, strict=True):
+        if "t" in one.axes:
+            x[:, 37:] *= 50 if one.name in ("q", "v") else 2
+    backend, constants = TorchBackend(analyse(spec)), ()
+    out, other = (backend.forward(x, constants, 0.4, (), None, False, False).o for x in (inputs, changed))
+    assert torch.equal(out[:, :37], other[:, :37]) and not torch.equal(out, other)
+
+
+@pytest.mark.parametrize("name", ["delta_key_previous", "low_rank_key", "low_rank_row_previous", "normed"])
+def test_only_what_is_asked_for(name):
+    spec = NAMED[name]
+    backend = TorchBackend(analyse(spec), 16)
+    inputs = make(spec, 2, 40, 2, 6, 5)
+    out = backend.forward(inputs, (), 0.4, (), None, True, True)
+    do = torch.randn(out.o.shape, dtype=torch.float64)
+    common = (out.o, out.saved, inputs, (), 0.4, (), None)
+    every, _ = backend.backward(do, out.final, *common, (True,) * len(inputs), False)
+    for i in range(len(inputs)):
+        needs = tuple(i == j for j in range(len(inputs)))
+        one, _ = backend.backward(do, out.final, *common, needs, False)
+        assert [x is not None for x in one] == list(needs)
+        assert error(one[i], every[i]) < 1e-12
+
+
+# --- through the pipeline
+
+
+def test_every_device_runs_the_torch_path(monkeypatch):
+    monkeypatch.setattr(op, "_interpreted", lambda: True)  # where other specs would run their kernels on the CPU
+    assert flagen.compile(GATED)._checks.triton == frozenset()
+    assert flagen.compile(Spec("plain_here"))._checks.triton == {"cuda", "cpu"}
+    assert flagen.compile(GATED).plan is None
+    assert flagen.compile(GATED).source.startswith("# gated: there are no Triton kernels for erase yet")
+
+
+def test_there_are_no_kernels_to_ask_for():
+    with pytest.raises(PlanError, match="gated: there are no Triton kernels for erase yet; compile it with backend="):
+        flagen.compile(GATED, backend="triton")
+    with pytest.raises(PlanError, match="there are no Triton kernels for l2norm yet"):
+        flagen.emit(NAMED["normed"])
+
+
+def test_a_warm_start_needs_no_sympy(tmp_path):
+    code = (
+        "import sys, flagen, torch; from flagen import k, l2norm;"
+        "op = flagen.compile(flagen.Spec('warm', erase=(l2norm(k), k)));"
+        "x = torch.randn(1, 5, 1, 4); op(x, x, x);"
+        "print(*(name for name in ('sympy', 'jinja2', 'triton') if name in sys.modules))"
+    )
+    environment = os.environ | {"FLAGEN_CACHE_DIR": str(tmp_path)}
+    found = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True).stdout
+        for _ in range(2)
+    ]
+    assert [text.split() for text in found] == [["sympy"], []]
+
+
+@EVERY
+def test_check(spec):
+    compiled = flagen.compile(spec, chunk_size=16, backend="torch")
+    check(compiled, B=1, T=21, H=2, K=6, V=5, dtype=torch.bfloat16, device="cpu")
+    check(compiled, T=30, H=2, K=6, V=5, device="cpu", cu_seqlens=[0, 3, 3, 27], seed=1)
+
+
+def test_autocast_casts_vectors_and_no_numbers():
+    compiled = flagen.compile(GATED, backend="torch")
+    assert dict(zip((one.name for one in GATED.inputs), compiled._casts, strict=True)) == {
+        "q": True, "k": True, "beta": False, "v": True, "gs": False
+    }  # fmt: skip
+    assert flagen.compile(PLUS_LOW_RANK)._casts == (True, True, True, False, True, True)
+
+
+def test_samples_keep_the_state():
+    for spec in ERASING:
+        inputs = make_inputs(spec, B=1, T=400, H=1, K=16, V=8)
+        o, _ = reference.run(spec, tuple(inputs.values()), scalars=make_scalars(spec))
+        early, late = o[:, 20:60].square().mean(), o[:, -40:].square().mean()
+        assert o.isfinite().all() and 1e-3 < late / early < 1e6, spec.name
+    strength = make_inputs(DELTA, T=500)["beta"]
+    assert (strength > 0).all() and (strength < 1).all() and float(strength.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(make_inputs(PLUS_LOW_RANK, K=64)["a"].norm(dim=-1).mean()) == pytest.approx(0.5, rel=0.02)
+    assert float(make_inputs(DELTA, K=64)["k"].norm(dim=-1).mean()) == pytest.approx(8, rel=0.02)

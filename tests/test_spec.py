@@ -68,6 +68,11 @@ def test_names_of_arguments_in_order():
         "mamba2": ["q", "k", "v", "dt", "A_log"],
         "hgrn2": ["q", "g", "v"],
         "linear": ["q", "k", "v"],
+        "delta_net": ["q", "k", "v", "beta"],
+        "gated_delta_net": ["q", "k", "v", "g", "beta"],
+        "kda": ["q", "k", "v", "g", "beta"],
+        "comba": ["q", "k", "v", "g", "beta", "b", "d"],
+        "rwkv7": ["r", "k", "v", "w", "a", "b"],
     }
     assert [one.name for one in specs.get("transnormer").scalars] == ["layer", "layers"]
     assert [specs.get(name).scale for name in ("gla", "rwkv6", "mamba2", "gateloop")] == [None, 1, 1, 1]
@@ -75,7 +80,7 @@ def test_names_of_arguments_in_order():
 
 def test_an_unknown_shipped_spec():
     with pytest.raises(SpecError, match="did you mean 'rwkv6'"):
-        specs.get("rwkv")
+        specs.get("rwkv_6")
 
 
 def test_within_one_expression_q_k_v_come_first():

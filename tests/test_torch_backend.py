@@ -8,7 +8,22 @@ import math
 
 import pytest
 import torch
-from cases import ALL, SPANS, constants_of, error, expected, extreme, gk, gs, gv, make, make_states, th, u
+from cases import (
+    ALL,
+    SPANS,
+    WITHOUT_KERNELS,
+    constants_of,
+    error,
+    expected,
+    extreme,
+    gk,
+    gs,
+    gv,
+    make,
+    make_states,
+    th,
+    u,
+)
 
 from flagen import specs
 from flagen import torch_backend as module
@@ -17,7 +32,7 @@ from flagen.expr import Input, log, maximum
 from flagen.spec import Spec
 from flagen.torch_backend import TorchBackend
 
-EVERY = pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
+EVERY = pytest.mark.parametrize("spec", ALL + WITHOUT_KERNELS, ids=lambda spec: spec.name)
 
 
 @pytest.fixture(autouse=True)

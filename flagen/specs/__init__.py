@@ -11,7 +11,10 @@ from ..errors import SpecError
 if TYPE_CHECKING:
     from ..spec import Spec
 
-_NAMES = ("retnet", "transnormer", "gla", "rwkv6", "gateloop", "based", "mamba2", "hgrn2", "linear")
+_NAMES = (
+    "retnet", "transnormer", "gla", "rwkv6", "gateloop", "based", "mamba2", "hgrn2", "linear",
+    "delta_net", "gated_delta_net", "kda", "comba", "rwkv7",
+)  # fmt: skip
 
 
 def names() -> tuple[str, ...]:
