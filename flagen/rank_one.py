@@ -58,9 +58,10 @@ def _factored(expr: Expr) -> _Factored:
 
 def _product(factors: tuple[Expr, ...]) -> Expr:
     """The product of expressions, folded; one that is 1 is left out."""
-    numbers = [one for one in factors if isinstance(one, Number)]
-    rest = [one for one in factors if not isinstance(one, Number)]
-    number = fold(functools.reduce(lambda x, y: x * y, numbers, Number(1)))
+    numbers = [factor for factor in factors if isinstance(factor, Number)]
+    rest = [factor for factor in factors if not isinstance(factor, Number)]
+    one: Expr = Number(1)
+    number = fold(functools.reduce(lambda x, y: x * y, numbers, one))
     if not rest:
         return number
     product = functools.reduce(lambda x, y: x * y, rest)
