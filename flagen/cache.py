@@ -45,6 +45,15 @@ _warned: set[str] = set()
 _lock = threading.Lock()  # held for single operations on the two above, never while files are read or text is made
 
 
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # a thread that held it does not exist in the child
+
+
 class CacheWarning(UserWarning):
     """The cache cannot be used as it should be; flagen goes on without it."""
 

@@ -8,6 +8,7 @@ text, whatever happens to the file, and for a module in memory too. No .pyc is w
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 import threading
 from hashlib import sha256
@@ -16,7 +17,20 @@ from types import ModuleType
 
 from .cache import Entry
 
-_lock = threading.RLock()
+_lock = threading.RLock()  # held while a text runs, so that threads get one module
+_running: list[str] = []  # the names of modules whose text is not at its end
+
+
+def _begin_in_child() -> None:
+    """After a fork: a thread that was loading does not exist here, and its module would stay half made."""
+    global _lock
+    _lock = threading.RLock()
+    while _running:
+        sys.modules.pop(_running.pop(), None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
 
 
 def load(entry: Entry) -> ModuleType:
@@ -48,10 +62,13 @@ def _load(name: str, source: str, filename: str) -> ModuleType:
         # with no time of change, linecache never looks at the file again
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         sys.modules[registered] = module
+        _running.append(registered)
         try:
             # dont_inherit: the text has its own __future__ imports, or none
             exec(compile(source, filename, "exec", dont_inherit=True), module.__dict__)
         except BaseException:
             del sys.modules[registered]
             raise
+        finally:
+            _running.remove(registered)
         return module

@@ -156,6 +156,11 @@ def test_one_process_clears_while_others_read_and_write(place):
     assert [fault for _, fault in verify_all()] in ([], [""])
 
 
+def test_a_process_forked_while_a_thread_has_the_lock(entry):
+    with cache._lock:
+        assert in_child(lambda: signal.alarm(30) or find(KEY).source) == SOURCE
+
+
 @pytest.mark.parametrize("after", ["mkdtemp", "kernels.py", "meta.json"])
 def test_a_process_that_dies_while_it_writes_leaves_nothing_that_is_read(place, after):
     def dies() -> None:

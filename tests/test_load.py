@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import os
+import signal
 import sys
 import threading
+import time
 import traceback
+import warnings
 
 import pytest
 
@@ -135,6 +139,25 @@ def test_threads_get_one_module():
         thread.join()
     assert len(found) == 4
     assert len(set(map(id, found))) == 1
+
+
+def test_a_process_forked_while_a_thread_loads():
+    """The child has neither the thread nor what it locked, and loads for itself."""
+    source = "import time\nBEFORE = 1\ntime.sleep(1)\nAFTER = 2\n"
+    thread = threading.Thread(target=lambda: load(entry(source=source)))
+    thread.start()
+    while not hasattr(sys.modules.get(module.module_name("gla", source)), "BEFORE"):
+        time.sleep(0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which is what this is about
+        child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # ends a child that waits for ever
+        os._exit(42 if load(entry(source=source)).AFTER == 2 else 1)
+    _, status = os.waitpid(child, 0)
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 42
+    assert load(entry(source=source)).AFTER == 2
 
 
 def test_an_edited_file_can_be_loaded(tmp_path, monkeypatch):
