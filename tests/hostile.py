@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import cases
 import pytest
 import torch
-from cases import ALL, SCALARS, constants_of, make, make_states
+from cases import ALL, SCALARS, make, make_states
 from torch import Tensor
 
 from flagen import compiler, reference
@@ -118,6 +120,12 @@ def states_of(place: Place, spec: Spec, rows: int, heads: int = 2, seed: int = 1
     return tuple(x.to(place.device, torch.complex64 if x.is_complex() else torch.float32) for x in made)
 
 
+def constants_of(place: Place, spec: Spec, heads: int) -> tuple[Tensor, ...]:
+    """The constants of a spec as backends take them: fp64 for PyTorch, fp32 for kernels."""
+    dtype = torch.float64 if place.backend == "torch" else torch.float32
+    return tuple(x.to(place.device, dtype) for x in cases.constants_of(_analysis(spec), heads))
+
+
 class Run:
     """A spec's forward on `inputs`, with a state unless start=False, and gradients `do`, `dfinal` of its results."""
 
@@ -142,10 +150,7 @@ class Run:
         if initial is None:
             initial = states_of(place, spec, rows, heads) if start else ()
         self.initial = initial
-        wide = place.backend == "torch"
-        self.constants = tuple(
-            x.to(place.device, torch.float64 if wide else torch.float32) for x in constants_of(_analysis(spec), heads)
-        )
+        self.constants = constants_of(place, spec, heads)
         self.out = self.backend.forward(inputs, self.constants, 0.4, self.initial, self.cu, True, True)
         generator = torch.Generator().manual_seed(seed)
         self.do = torch.randn(self.out.o.shape, generator=generator).to(place.device, self.out.o.dtype)
@@ -220,7 +225,7 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 # --- memory
 
-BAND = 256  # bytes
+BAND = 4096  # bytes, more than a chunk of rows
 PATTERN = 0xFF  # a NaN in every floating type when repeated, and -1 in integers
 
 
@@ -332,3 +337,12 @@ def agrees(run: Run) -> None:
         assert got[name].isfinite().all(), f"{spec.name}: {name} is not finite"
         error = measure(got[name], x, floor=floor, channels=channels)
         assert error.within(limit_of(dtype, kind)), (spec.name, name, error)
+
+
+def digest(place: Place, spec: Spec, seed: int = 0) -> str:
+    """A hash of all results of a call: of every bit."""
+    found = hashlib.sha256()
+    for name, x in Run(place, spec, inputs_of(place, spec, 1, 40, seed=seed), cut=True).everything().items():
+        found.update(name.encode())
+        found.update(bytes(x.detach().cpu().contiguous().view(torch.uint8).flatten().tolist()))
+    return found.hexdigest()

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from hostile import CUT, EVERY, FEW, GPU, TORCH, Memory, Run, inputs_of, nan_like, same, states_of
+from hostile import CUT, EVERY, FEW, GPU, TORCH, Memory, Run, constants_of, inputs_of, nan_like, same, states_of
 
 TOKENS = 40
 SPANS = [0, 0, 11, 28, 28, 33]  # empty sequences, one of them first, and tokens past the last
@@ -23,27 +23,26 @@ def between_bands_of_nan(place, spec, cu, cut, heads=2):
     """All results keep every bit when all memory is hostile."""
     batch = 1 if cu else 2
     inputs = inputs_of(place, spec, batch, TOKENS, cu, heads=heads)
-    want = Run(place, spec, inputs, cu=cu, cut=cut).everything()
     states = states_of(place, spec, len(cu) - 1 if cu else batch, heads)
     with Memory() as memory:
         placed, initial = (tuple(memory.place(x) for x in tensors) for tensors in (inputs, states))
         run = Run(place, spec, placed, cu=cu, cut=cut, initial=initial)
         run.do, run.dfinal = memory.place(run.do), tuple(memory.place(x) for x in run.dfinal)
         got = run.everything()
-    same(got, want)
-    assert all(x.isfinite().all() for x in run.out.final)
-    memory.check()
+    memory.check()  # first: without bands, what is written out of bounds may end the process
+    same(got, Run(place, spec, inputs, cu=cu, cut=cut).everything())
 
 
 def one_token_between_bands_of_nan(place, spec):
     """A step, whose state alone is written."""
     inputs, states = inputs_of(place, spec, 2, 1), states_of(place, spec, 2)
-    want = Run(place, spec, inputs)
     with Memory() as memory:
         placed = tuple(memory.place(x) for x in inputs)
         kept = tuple(memory.place(x, written=True) for x in states)
-        o = want.backend.step(placed, want.constants, 0.4, kept)
+        constants = constants_of(place, spec, 2)
+        o = place.backend_of(spec).step(placed, constants, 0.4, kept)
     memory.check()
+    want = Run(place, spec, inputs)
     narrow = place.dtype == torch.bfloat16
     for x, y, z in zip((o, *kept), (want.out.o, *want.out.final), (None, *states), strict=True):
         assert torch.allclose(x, y, rtol=0, atol=(3e-2 if narrow else 2e-5) * float(y.abs().max()))
