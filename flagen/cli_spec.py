@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from . import specs
 from .cli_cost import show_cost
 from .errors import SpecError
+from .exchange import MAX_JSON
 from .spec import Spec
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def find_spec(text: str) -> Spec:
         return specs.get(text)
     if text.endswith(".json") or Path(text).is_file():
         try:
-            return Spec.from_json(Path(text).read_text(encoding="utf-8"))
+            with Path(text).open(encoding="utf-8") as file:
+                return Spec.from_json(file.read(MAX_JSON + 1))
         except UnicodeDecodeError:
             raise SpecError(f"{text} is no JSON text in UTF-8") from None
     if ":" in text:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import os
 import re
 import symtable
 import time
@@ -342,6 +343,14 @@ def test_a_hostile_file_is_one_message_and_writes_nothing(command, content, caps
     assert 0 < len(error) < 700
     assert "Traceback" not in error
     assert not target.exists()
+
+
+def test_a_file_without_end_is_not_read(capsys, tmp_path):
+    path = tmp_path / "spec.json"
+    path.touch()
+    os.truncate(path, 1 << 27)  # a hole, which takes no room on the disk
+    assert main(["show", str(path)]) == 2
+    assert "is 65537 characters long, the limit is 65536" in capsys.readouterr().err
 
 
 # --- the text that is made of what is accepted
