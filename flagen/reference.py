@@ -89,7 +89,8 @@ def run(
         wide = any(x.dtype == torch.float64 for x in inputs)
         dtype = torch.float64 if wide else torch.float32
         values = _values(spec, inputs, scalars or {}, sizes, limits, dtype)
-        roles = _roles(spec, values, sizes, scale, dtype)
+        tokens = sizes["t"] if limits is None else limits[-1]
+        roles = _roles(spec, values, sizes, tokens, scale, dtype)
         states = _states(spec, initial_state, roles, sizes, limits)
         if limits is None:
             o, state = _sequence(roles, states, segment)
@@ -157,9 +158,9 @@ def _normalized(spec: Spec, o: Tensor, heads: int, end: int | None) -> Tensor:
 # --- the roles
 
 
-def _roles(spec: Spec, values: Mapping[str, Tensor | float], sizes: Mapping[str, int], scale: float | None,
-           dtype: torch.dtype) -> Roles:  # fmt: skip
-    batch, tokens, heads = values[spec.value.inputs[0].name].shape[:3]
+def _roles(spec: Spec, values: Mapping[str, Tensor | float], sizes: Mapping[str, int], tokens: int,
+           scale: float | None, dtype: torch.dtype) -> Roles:  # fmt: skip
+    batch, heads = sizes["b"], sizes["h"]
     like = torch.empty(0, dtype=dtype, device=values[spec.value.inputs[0].name].device)
 
     def role(name: str, channels: int) -> Tensor:

@@ -278,6 +278,17 @@ def sigmoid_of(x):
     return 1 / (1 + (-x).exp())
 
 
+@pytest.mark.parametrize("limits", [None, [0, 2, 3]])
+def test_a_value_may_begin_with_a_parameter(limits):
+    """The sizes are those of the call, not of the value's first input."""
+    weight = Input("wv", "h v")
+    inputs = drawn(Spec("weighted", value=weight * v), B=1, T=4, H=2, K=3, V=5)
+    query, key, value, by = inputs
+    o, _ = run(Spec("weighted", value=weight * v), inputs, cu_seqlens=limits)
+    want, _ = run(Spec("plain"), (query, key, value * by), cu_seqlens=limits)
+    torch.testing.assert_close(o, want)
+
+
 def test_a_normalised_attention_sums_to_one():
     spec = specs.get("linear")
     query, key, value = drawn(spec, B=1, T=9, H=2, K=4, V=3)
