@@ -85,6 +85,10 @@ class Expr:
         # a negative number is one node, so that the text -5 and the tree agree
         return Number(-self.value) if isinstance(self, Number) else Call("neg", (self,))
 
+    def __abs__(self) -> Expr:
+        # the builtin, which stands in a lambda where flagen's own is not imported
+        return Call("abs", (self,))
+
     def __pos__(self) -> Expr:
         return self
 

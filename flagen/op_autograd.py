@@ -92,7 +92,7 @@ class EagerAttention(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         scalars, scale, want_final = settings
-        o, final, saved = op._operators.forward(
+        o, final, saved = op._operators.plain_forward(
             tensors[:count], tensors[count:], cu_seqlens, scalars, scale, want_final, True
         )
         _keep(ctx, op, settings, cu_seqlens, count, tensors, o, saved)

@@ -73,6 +73,9 @@ class Operators:
         self.forward = _register(f"{name}_fwd", FORWARD, self._forward, self._fake_forward)
         self.backward = _register(f"{name}_bwd", BACKWARD, self._backward, self._fake_backward)
         self.step = _register(f"{name}_step", STEP, self._step, self._fake_step)
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}_fwd", self._own_backward, setup_context=self._own_context, lib=_library
+        )
         for kind in ("fwd", "bwd", "step"):
             torch.library.register_vmap(f"{NAMESPACE}::{name}_{kind}", self.no_vmap, lib=_library)
             # is_grads_batched, and autograd.functional's vectorize, have a vmap of their own
@@ -168,6 +171,41 @@ class Operators:
             if not x.is_inference():  # autograd must see that kernels wrote to it
                 torch.autograd.graph.increment_version(x)
         return o
+
+    def plain_forward(self, *arguments: Any) -> Any:
+        """The forward operator, past the gradient of its own, which callers have no need of."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.forward(*arguments)
+
+    # --- the forward operator by itself, as a program of torch.export calls it
+
+    def _own_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        tensors, initial_state, cu_seqlens, *settings = inputs
+        o, _, saved = output
+        ctx.settings, ctx.counts = settings, (len(tensors), len(initial_state))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cu_seqlens, o if self.normalized else None, *tensors, *initial_state, *saved)
+
+    def _own_backward(self, ctx: Any, d_o: Tensor | None, d_final: Sequence[Any], _: Any) -> tuple[Any, ...]:
+        scalars, scale, _, save = ctx.settings
+        if not save:
+            raise NotImplementedError(
+                f"{self.checks.name}: this program was exported with tensors that require no gradient, and keeps "
+                "nothing for a backward; export it with tensors that do"
+            )
+        inputs, states = ctx.counts
+        cu_seqlens, o, *rest = ctx.saved_tensors
+        tensors, initial_state, saved = rest[:inputs], rest[inputs : inputs + states], rest[inputs + states :]
+        needs, need_initial = list(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
+        ends = [*d_final, None, None][:2]
+        found = self.backward(
+            d_o, *ends, o, saved, tensors, initial_state, cu_seqlens, scalars, scale, needs, need_initial
+        )
+        grads = iter(found)
+        d_inputs = [next(grads) if need else None for need in needs]
+        d_initial = list(grads) if need_initial else [None] * states
+        # lists of numbers count as one argument, but an empty one as a list of tensors
+        return d_inputs, d_initial, None, None if scalars else [], None, None, None
 
     # --- what torch.compile sees
 

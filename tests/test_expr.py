@@ -109,6 +109,10 @@ def test_numbers_have_one_form():
         q * 10**400
 
 
+def test_the_builtin_abs_is_the_languages():
+    assert abs(q + 1) == Call("abs", (q + 1,))
+
+
 def test_axes_and_leaves():
     u = Input("u", "h k")
     expr = exp(u) * q + head * layer
