@@ -20,7 +20,7 @@ from unittest import mock
 import cases
 import pytest
 import torch
-from cases import ALL, SCALARS, make, make_states
+from cases import ALL, SCALARS, SHIPPED, WITHOUT_KERNELS, make, make_states
 from torch import Tensor
 
 from flagen import compiler, reference
@@ -31,7 +31,7 @@ from flagen.spec import Spec
 from flagen.torch_backend import TorchBackend
 
 CHUNK = 16
-NAMED = {spec.name: spec for spec in ALL}
+NAMED = {spec.name: spec for spec in ALL + WITHOUT_KERNELS}
 EVERY = pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
 CUT = pytest.mark.parametrize("cut", [False, True], ids=["whole", "pieces"])
 
@@ -97,6 +97,24 @@ GPU = [
     pytest.param(Place("triton", "cuda"), marks=pytest.mark.gpu),
     pytest.param(Place("triton", "cuda", torch.bfloat16), marks=pytest.mark.gpu),
 ]
+PLACE = pytest.mark.parametrize("place", [TORCH, *GPU], ids=str)
+# on a GPU each spec takes minutes to compile in all forms: fp32 for what is shipped and one of each other kind
+COMPILED = (
+    SHIPPED + [NAMED[name] for name in ("value_u", "key_u_norm", "phase_key_u", "shared", "fixed_key")],
+    [NAMED[name] for name in ("scalar", "gla", "rwkv6", "linear")],
+)
+# every spec wherever it runs: some have no kernels
+EVERYWHERE = pytest.mark.parametrize(
+    ("place", "spec"),
+    [
+        *(pytest.param(TORCH, one, id=f"{TORCH}-{one.name}") for one in ALL + WITHOUT_KERNELS),
+        *(
+            pytest.param(*at.values, one, marks=at.marks, id=f"{at.values[0]}-{one.name}")
+            for at, specs in zip(GPU, COMPILED, strict=True)
+            for one in specs
+        ),
+    ],
+)
 
 
 # --- runs

@@ -13,13 +13,12 @@ import math
 
 import pytest
 import torch
-from hostile import EVERY, FEW, GPU, TORCH, Run, inputs_of, multiplied, roles_of, timed
+from hostile import EVERYWHERE, FEW, PLACE, Run, inputs_of, multiplied, roles_of, timed
 
 from flagen.compare import measure
 
 TOKENS = 40  # more than one piece of 32, the last chunk in part
 SPANS = [0, 11, 11, 28, 36]  # sequences that begin and end inside a chunk, an empty one, tokens past the last
-PLACE = pytest.mark.parametrize("place", [TORCH, *GPU], ids=str)
 AT = pytest.mark.parametrize(
     ("at", "cut"), [(37, False), (37, True), (32, True)], ids=["in a chunk", "in a piece", "first of a piece"]
 )
@@ -147,15 +146,13 @@ def a_head_that_is_nan(place, spec, cut, tokens=TOKENS):
     assert got["o"][1, :, 1].isnan().any()
 
 
-@PLACE
-@EVERY
+@EVERYWHERE
 @AT
 def test_a_changed_token(place, spec, at, cut):
     a_changed_token(place, spec, at, cut)
 
 
-@PLACE
-@EVERY
+@EVERYWHERE
 def test_a_sequence_that_is_nan(place, spec):
     a_sequence_that_is_nan(place, spec, cut=True)
 

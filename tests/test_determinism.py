@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import ALL
-from hostile import EVERY, FEW, GPU, TORCH, Place, Run, digest, inputs_of, same
+from cases import ALL, WITHOUT_KERNELS
+from hostile import EVERYWHERE, FEW, GPU, PLACE, TORCH, Place, Run, digest, inputs_of, same
 
 TOKENS = 40
 SPANS = [0, 0, 11, 28, 33]
-PLACE = pytest.mark.parametrize("place", [TORCH, *GPU], ids=str)
 TESTS = Path(__file__).parent
 
 PROGRAM = """
@@ -61,16 +60,15 @@ def in_two_processes(place, names):
     assert first == second
 
 
-@PLACE
+@EVERYWHERE
 @pytest.mark.parametrize("cu", [None, SPANS], ids=["dense", "packed"])
-@EVERY
 def test_the_same_call_twice(place, spec, cu):
     the_same_call_twice(place, spec, cu, cut=True)
 
 
 @PLACE
 def test_in_two_processes(place):
-    in_two_processes(place, [spec.name for spec in ALL])
+    in_two_processes(place, [spec.name for spec in ALL + WITHOUT_KERNELS * (place is TORCH)])
 
 
 @FEW

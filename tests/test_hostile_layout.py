@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from hostile import FEW, GPU, NAMED, TORCH, Place, inputs_of, some, states_of
+from hostile import FEW, NAMED, PLACE, Place, inputs_of, some, states_of
 
 import flagen
 from flagen.compare import limit_of, measure
@@ -19,7 +19,6 @@ from flagen.samples import LAYOUTS, arranged
 from flagen.testing import make_scalars
 
 TOKENS = 20
-PLACE = pytest.mark.parametrize("place", [TORCH, *GPU], ids=str)
 
 
 class Call:

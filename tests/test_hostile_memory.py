@@ -11,11 +11,10 @@ import math
 
 import pytest
 import torch
-from hostile import CUT, EVERY, FEW, GPU, TORCH, Memory, Run, constants_of, inputs_of, nan_like, same, states_of
+from hostile import CUT, EVERYWHERE, FEW, PLACE, Memory, Run, constants_of, inputs_of, nan_like, same, states_of
 
 TOKENS = 40
 SPANS = [0, 0, 11, 28, 28, 33]  # empty sequences, one of them first, and tokens past the last
-PLACE = pytest.mark.parametrize("place", [TORCH, *GPU], ids=str)
 PACKED = pytest.mark.parametrize("cu", [None, SPANS], ids=["dense", "packed"])
 
 
@@ -68,16 +67,14 @@ def nan_past_the_last_sequence(place, spec, cut, heads=2):
     assert not got["o"][:, end:].any() and got["o"][:, :end].any()
 
 
-@PLACE
+@EVERYWHERE
 @PACKED
 @CUT
-@EVERY
 def test_between_bands_of_nan(place, spec, cu, cut):
     between_bands_of_nan(place, spec, cu, cut)
 
 
-@PLACE
-@EVERY
+@EVERYWHERE
 def test_one_token_between_bands_of_nan(place, spec):
     one_token_between_bands_of_nan(place, spec)
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import gb, gk, gs, gv, th, u, wk, wv
-from hostile import FEW, GPU, TORCH, Run, agrees, inputs_of, sizes_of
+from hostile import FEW, GPU, PLACE, TORCH, Run, agrees, inputs_of, sizes_of
 
 import flagen
 from flagen import reference
@@ -23,7 +23,6 @@ from flagen.spec import Spec, SpecWarning, taylor
 from flagen.testing import check, make_inputs
 
 TOKENS = 40
-PLACE = pytest.mark.parametrize("place", [TORCH, *GPU], ids=str)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SpecWarning)
