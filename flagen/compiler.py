@@ -139,6 +139,7 @@ def _make(spec: Spec, chunk_size: int | None, backend: str, input_precision: str
         from .load import load
         from .triton_backend import TritonBackend
 
+        assert plan is not None, "the op asks for Triton where there are kernels alone"
         return TritonBackend(plan, load(entry), chunk_size, input_precision)
 
     return Op(

@@ -37,7 +37,7 @@ from flagen.validate import check_argument_name
 
 pytestmark = pytest.mark.filterwarnings("ignore::flagen.spec.SpecWarning")
 gs = Input("gs", "b t h")
-LIMIT = 0.1  # seconds of this process, for what takes a few milliseconds
+LIMIT = 0.5  # seconds of this process for what takes a few milliseconds: a garbage collection may come between
 
 
 def refused(declare: Callable[[], Any]) -> str:
@@ -337,7 +337,7 @@ def test_a_hostile_file_is_one_message_and_writes_nothing(command, content, caps
     output = ["-o", str(target)] if command == "emit" else []
     began = time.process_time()
     assert main([command, str(path), *output]) == 2
-    assert time.process_time() - began < 5 * LIMIT  # with the command line itself
+    assert time.process_time() - began < 2 * LIMIT  # with the command line itself
     out, error = capsys.readouterr()
     assert out == ""
     assert 0 < len(error) < 700
