@@ -7,6 +7,7 @@ alone; a right call passes in a few microseconds, and only a wrong one pays for 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .expr import to_text
 from .functions import evaluate_host
-from .op_faults import FLOATS, refuse, symbols
+from .op_faults import FLOATS, is_dense, not_dense, refuse, symbols
 from .torch_taylor import count
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MAX_CHANNELS = 256
 MAX_TAYLOR = {1: 255, 2: 32}
 MAX_PHASE = 128
+MAX_FLOAT = sys.float_info.max
 
 
 class Sizes(NamedTuple):
@@ -66,7 +68,7 @@ class Checks:
         device = first.device if isinstance(first, Tensor) else None
         wide = False
         for x, axes in zip(tensors, self.axes, strict=True):
-            if not isinstance(x, Tensor) or x.dim() != len(axes) or x.dtype not in FLOATS or x.device != device:
+            if not is_dense(x) or x.dim() != len(axes) or x.dtype not in FLOATS or x.device != device:
                 refuse(self.name, self.declared, self.axes, tensors, cu_seqlens)
             wide = wide or x.dtype is torch.float64
             for axis, n in zip(axes, x.shape, strict=True):
@@ -209,6 +211,8 @@ class Checks:
         for i, x in enumerate(parts):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{self.name}: {argument} must be a tensor, got {_kind(x)}")
+            if not is_dense(x):
+                raise ValueError(f"{self.name}: {argument} {not_dense(x)}")
             if x.shape != want[: 4 - i] or x.dtype is not dtype or x.device != device:
                 self._bad_state(argument + ("", "[1], the sum z,")[i], x, want[: 4 - i], dtype, device)
         return parts
@@ -268,9 +272,18 @@ class Checks:
                 f"{self.name}: scale must be a number, or None for the default, got {_kind(scale)}; it multiplies the "
                 "query: a scale that is a tensor can be multiplied into it"
             )
-        if isinstance(scale, (int, float)) and not torch.compiler.is_compiling() and not math.isfinite(scale):
-            raise ValueError(f"{self.name}: scale must be finite, got {scale}")
+        if isinstance(scale, (int, float)) and not torch.compiler.is_compiling() and not abs(scale) <= MAX_FLOAT:
+            raise ValueError(f"{self.name}: scale must be finite, got {_number(scale)}")
         return float(scale)
+
+    def flag(self, output_final_state: Any) -> bool:
+        """Whether the final state is asked for: by a bool, or a number that stands for one."""
+        if isinstance(output_final_state, int):
+            return bool(output_final_state)
+        raise TypeError(
+            f"{self.name}: output_final_state must be True or False, got {_kind(output_final_state)}; it decides on "
+            "the host what is computed"
+        )
 
     def scalars(self, values: Sequence[Any]) -> tuple[float, ...]:
         """The numbers for the spec's scalars, in order."""
@@ -280,6 +293,8 @@ class Checks:
                     f"{self.name}: {one.name} must be a number, got {_kind(value)}; pass a float: it is part of the "
                     "recurrence, has no gradient and is read on the host"
                 )
+            if isinstance(value, int) and not abs(value) <= MAX_FLOAT:
+                raise ValueError(f"{self.name}: {one.name} must be finite, got {_number(value)}")
         return tuple(float(value) for value in values)
 
     def constants(self, scalars: Sequence[float], heads: int) -> list[list[float]]:
@@ -322,6 +337,10 @@ def _kind(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"{type(value).__name__} {str(value)[:40]!r}" if value is not None else "None"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, float) else "an integer beyond any float"
 
 
 def _shown(bounds: list[int]) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 State = Tensor | tuple[Tensor, Tensor]
 _MISSING = object()
+INT32 = torch.iinfo(torch.int32)
 MAX_PASSED = 4096  # forms of calls that are remembered as right
 
 
@@ -89,9 +90,11 @@ class Op:
         if not compiling:
             self._refuse_transforms((*tensors, *state))
         tensors = self._autocast(tensors)
-        if cu_seqlens is not None and not (cu_seqlens.dtype is torch.int32 and cu_seqlens.is_contiguous()):
-            cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
-        want_final = bool(output_final_state)
+        if cu_seqlens is not None:
+            if cu_seqlens.dtype is not torch.int32:  # a bound beyond it must not come back as another one
+                cu_seqlens = cu_seqlens.clamp(INT32.min, INT32.max).to(torch.int32)
+            cu_seqlens = cu_seqlens.contiguous()
+        want_final = output_final_state if type(output_final_state) is bool else self._checks.flag(output_final_state)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *state)):
             settings = (scalars, scale, want_final)
             o, *rest = function_of_a_call().apply(self, settings, cu_seqlens, len(tensors), *tensors, *state)
@@ -176,10 +179,10 @@ class Op:
         form: list[Any] = [step]
         try:
             for x in tensors if cu_seqlens is None else (*tensors, cu_seqlens):
-                form += (x.shape, x.dtype, x.device)
+                form += (x.shape, x.dtype, x.device, x.layout)
             key = tuple(form)
             sizes = self._passed.get(key)
-        except (AttributeError, TypeError):  # no tensors, or sizes that are symbols
+        except (AttributeError, TypeError, RuntimeError):  # no tensors, nested ones, or sizes that are symbols
             return self._checks.tensors(tensors, cu_seqlens, step)
         if sizes is None:
             sizes = self._checks.tensors(tensors, cu_seqlens, step)

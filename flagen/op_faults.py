@@ -16,6 +16,20 @@ FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIZES = {"b": "B", "n": "N", "t": "T", "h": "H", "k": "K", "v": "V"}
 
 
+def is_dense(x: Any) -> bool:
+    """Whether x is a tensor whose elements have an address and strides."""
+    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+
+
+def not_dense(x: Tensor) -> str:
+    """What is wrong with a tensor that is not."""
+    kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").removeprefix("_")
+    remedy = (
+        "pack its sequences into one row, with their bounds as cu_seqlens" if x.is_nested else "convert it: .to_dense()"
+    )
+    return f"must be a dense tensor, got a {kind} one; {remedy}"
+
+
 def refuse(
     name: str, declared: Sequence[Input], axes_of: Sequence[str], tensors: Sequence[Any], cu_seqlens: Any
 ) -> NoReturn:
@@ -56,6 +70,8 @@ def _check_kind(name: str, declared: Sequence[Input], one: Input, x: Any) -> Non
             f"{name}: {one.name} must be a tensor of shape {symbols(one.axes)}, got {type(x).__name__}; the "
             f"tensors are {', '.join(one.name for one in declared)}, in this order"
         )
+    if not is_dense(x):
+        raise ValueError(f"{name}: {one.name} {not_dense(x)}")
     if x.dtype not in FLOATS:
         remedy = f"convert it: {one.name}.float()"
         if x.is_complex():

@@ -173,6 +173,48 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "gla: q must be float16, bfloat16, float32 or float64, got complex64; only the state can be complex: give the "
         "angle of a decay as the phase of a spec",
     ),
+    "numpy": (
+        call("gla", put(0, lambda q: q.numpy())),
+        TypeError,
+        "gla: q must be a tensor of shape [B, T, H, K], got ndarray; the tensors are q, k, v, g, in this order",
+    ),
+    "none": (
+        call("gla", put(3, lambda g: None)),
+        TypeError,
+        "gla: g must be a tensor of shape [B, T, H, K], got NoneType; the tensors are q, k, v, g, in this order",
+    ),
+    "8 bits": (
+        call("gla", put(2, lambda v: v.to(torch.float8_e4m3fn))),
+        ValueError,
+        "gla: v must be float16, bfloat16, float32 or float64, got float8_e4m3fn; convert it: v.float()",
+    ),
+    "sparse": (
+        call("gla", put(1, Tensor.to_sparse)),
+        ValueError,
+        "gla: k must be a dense tensor, got a sparse_coo one; convert it: .to_dense()",
+    ),
+    "of another library": (
+        call("gla", put(1, Tensor.to_mkldnn)),
+        ValueError,
+        "gla: k must be a dense tensor, got a mkldnn one; convert it: .to_dense()",
+    ),
+    "nested": (
+        call("gla", put(0, lambda q: torch.nested.nested_tensor(list(q)))),
+        ValueError,
+        "gla: q must be a dense tensor, got a nested one; pack its sequences into one row, with their bounds as "
+        "cu_seqlens",
+    ),
+    "a number": (
+        call("gla", put(0, Tensor.sum)),
+        ValueError,
+        "gla: q must have shape [B, T, H, K] = (2, 12, 4, 6), got ().\n    It is declared as Input('q', 'b t h k'): 4 "
+        "axes, not 0.",
+    ),
+    "heads: of a gate": (
+        call("mamba2", put(4, lambda A_log: A_log[:3])),
+        ValueError,
+        "mamba2: A_log has 3 heads, which do not divide the 4 of q, got shape (3,); it may have 1, 2, 4",
+    ),
     "devices": (
         call("gla", put(2, lambda v: v.to("meta"))),
         ValueError,
@@ -199,6 +241,26 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         call("gla", q=torch.zeros(1)),
         TypeError,
         "gla: multiple values for argument 'q'; it is called as gla(q, k, v, g, *, ",
+    ),
+    "nothing": (
+        lambda: op_of("gla")(),
+        TypeError,
+        "gla: missing a required argument: 'q'; it is called as gla(q, k, v, g, *, ",
+    ),
+    "a scalar is unknown": (
+        call("transnormer", depth=3),
+        TypeError,
+        "transnormer: got an unexpected keyword argument 'depth'; it is called as transnormer(q, k, v, *, layer, ",
+    ),
+    "step: too many": (
+        lambda: op_of("gla").step(*inputs("gla", T=1), torch.zeros(S)),
+        TypeError,
+        "gla.step: too many positional arguments; it is called as gla.step(q, k, v, g, *, state, scale=None)",
+    ),
+    "step: sequences": (
+        step("gla", torch.zeros(S), cu_seqlens=torch.tensor([0, 1])),
+        TypeError,
+        "gla.step: got an unexpected keyword argument 'cu_seqlens'; it is called as gla.step(q, k, v, g, *, ",
     ),
     "a scalar is missing": (
         lambda: op_of("transnormer")(*inputs("transnormer"), layer=1),
@@ -230,6 +292,44 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "gla: scale must be a number, or None for the default, got bool",
     ),
     "scale is nan": (call("gla", scale=float("nan")), ValueError, "gla: scale must be finite, got nan"),
+    "scale is infinite": (call("gla", scale=float("-inf")), ValueError, "gla: scale must be finite, got -inf"),
+    "scale is beyond floats": (
+        call("gla", scale=-(10**400)),
+        ValueError,
+        "gla: scale must be finite, got an integer beyond any float",
+    ),
+    "scale is complex": (
+        call("gla", scale=1j),
+        TypeError,
+        "gla: scale must be a number, or None for the default, got complex '1j'",
+    ),
+    "final state": (
+        call("gla", output_final_state="no"),
+        TypeError,
+        "gla: output_final_state must be True or False, got str 'no'; it decides on the host what is computed",
+    ),
+    "final state: a tensor": (
+        call("gla", output_final_state=torch.zeros(2)),
+        TypeError,
+        "gla: output_final_state must be True or False, got a tensor of shape (2,)",
+    ),
+    "scalar: a tensor": (
+        call("transnormer", layer=torch.tensor(1.0)),
+        TypeError,
+        "transnormer: layer must be a number, got a tensor of shape (); pass a float: it is part of the recurrence",
+    ),
+    "scalar: none": (call("transnormer", layer=None), TypeError, "transnormer: layer must be a number, got None; "),
+    "scalar: beyond floats": (
+        call("transnormer", layers=10**400),
+        ValueError,
+        "transnormer: layers must be finite, got an integer beyond any float",
+    ),
+    "scalar: division by zero": (
+        call("transnormer", layers=0),
+        ValueError,
+        "transnormer: -(8 / heads) * (1 - layer / layers) * head is not a number for layer=1, layers=0; it must be one "
+        "for every head",
+    ),
     "scalar": (
         call("transnormer", layer="1"),
         TypeError,
@@ -281,6 +381,28 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "gla: with cu_seqlens the sequences lie one after the other in one row, B = 1, got B = 2; flatten what has a "
         "time axis, as in q.flatten(0, 1).unsqueeze(0)",
+    ),
+    "cu_seqlens: numpy": (
+        packed(torch.tensor([0, 12]).numpy()),
+        TypeError,
+        "gla: cu_seqlens must be a tensor of shape [N + 1] and dtype int32, the bounds of N sequences, got ndarray; "
+        "use torch.tensor(cu_seqlens, dtype=torch.int32, device=q.device)",
+    ),
+    "cu_seqlens: empty": (
+        packed(torch.zeros(0, dtype=torch.int32)),
+        ValueError,
+        "gla: cu_seqlens must be a tensor of shape [N + 1] and dtype int32, the bounds of N sequences, got shape (0,)",
+    ),
+    "cu_seqlens: negative": (
+        packed(torch.tensor([0, -3, 12])),
+        ValueError,
+        "gla: cu_seqlens must rise from 0 to at most T = 12, got [0, -3, 12], which falls from 0 to -3 at 1",
+    ),
+    "cu_seqlens: beyond int32": (
+        packed(torch.tensor([0, 2**32 + 12])),
+        ValueError,
+        "gla: cu_seqlens must rise from 0 to at most T = 12, got [0, 2147483647], which ends at 2147483647; drop what "
+        "is past T or pad the tensors",
     ),
     "cu_seqlens: begin": (
         packed(torch.tensor([3, 12])),
@@ -342,6 +464,36 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "gla: initial_state is on meta and q on cpu; all tensors must be on one device",
     ),
+    "state: axes": (
+        call("gla", initial_state=torch.zeros(H, K, V)),
+        ValueError,
+        "gla: initial_state must have shape [N, H, K, V] = (2, 4, 6, 5), got (4, 6, 5).",
+    ),
+    "state: heads": (
+        call("gla", initial_state=torch.zeros(B, 1, K, V)),
+        ValueError,
+        "gla: initial_state must have shape [N, H, K, V] = (2, 4, 6, 5), got (2, 1, 6, 5).",
+    ),
+    "state: sparse": (
+        call("gla", initial_state=torch.zeros(S).to_sparse()),
+        ValueError,
+        "gla: initial_state must be a dense tensor, got a sparse_coo one; convert it: .to_dense()",
+    ),
+    "state: a flag": (
+        call("gla", initial_state=True),
+        TypeError,
+        "gla: initial_state must be a tensor, got bool 'True'",
+    ),
+    "state: half a pair": (
+        call("linear", initial_state=(torch.zeros(S), None)),
+        TypeError,
+        "linear: initial_state must be a tensor, got None",
+    ),
+    "state: three": (
+        call("linear", initial_state=(torch.zeros(S),) * 3),
+        TypeError,
+        "linear: initial_state must be a pair (S, z), as linear returns it, got a tuple of 3; z is the running sum",
+    ),
     "state: no pair": (
         call("linear", initial_state=torch.zeros(S)),
         TypeError,
@@ -381,6 +533,26 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "gla.step: missing a required argument: 'state'; it is called as gla.step(q, k, v, g, *, state, scale=None)",
     ),
+    "step: channels": (
+        lambda: op_of("gla").step(*inputs("gla", T=1, K=300), state=torch.zeros(B, H, 300, V)),
+        ValueError,
+        "gla: K = 300 key channels, at most 256 are supported; use more heads of fewer channels",
+    ),
+    "step: dtype": (
+        step("gla", torch.zeros(S, dtype=torch.float64)),
+        ValueError,
+        "gla: state must be float32 with these inputs, got float64; convert it: .to(torch.float32)",
+    ),
+    "step: device": (
+        step("gla", torch.zeros(S, device="meta")),
+        ValueError,
+        "gla: state is on meta and q on cpu; all tensors must be on one device",
+    ),
+    "step: gradient of the sums": (
+        step("linear", (torch.zeros(S), torch.zeros(S[:3], requires_grad=True))),
+        ValueError,
+        "linear.step: state requires a gradient, and step has none and updates it in place; pass state.detach()",
+    ),
     "step: shape": (
         step("gla", torch.zeros(B, H, K, K)),
         ValueError,
@@ -400,6 +572,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_call(wrong):
     run, kind, text = WRONG[wrong]
@@ -451,6 +624,29 @@ def test_fp64_and_triton():
                        r"compile with backend='torch' for float64"):  # fmt: skip
         checks.tensors(x, None)
     assert Checks(analyse(specs.get("gla"))).tensors(x, None).wide
+
+
+def test_what_passed_once_is_still_told_from_what_is_wrong():
+    """Forms of calls that passed are remembered; these differ from one by what has no shape, dtype or device."""
+    op, right = op_of("gla"), inputs("gla")
+    op(*right)
+    for wrong, text in (
+        (right[0].to_sparse(), "q must be a dense tensor"),
+        (right[0].to("meta"), "k is on cpu and q on meta"),
+        (right[0].numpy(), "q must be a tensor"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=text):
+            op(wrong, *right[1:])
+    with pytest.raises(ValueError, match="B = 1, got B = 2"):
+        op(*right, cu_seqlens=torch.tensor([0, 12]))
+    with pytest.raises(ValueError, match="takes one token"):
+        op.step(*right, state=torch.zeros(S))
+    assert op(*right)[0].isfinite().all()
+
+
+def test_a_flag_may_be_a_number():
+    assert op_of("gla")(*inputs("gla"), output_final_state=1)[1] is not None
+    assert op_of("gla")(*inputs("gla"), output_final_state=0)[1] is None
 
 
 def test_a_wrong_call_leaves_the_state_alone():
