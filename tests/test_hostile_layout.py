@@ -156,7 +156,7 @@ def bounds_in_any_form(place, spec):
     cu = torch.tensor([0, 3, 3, 17], dtype=torch.int32, device=place.device)
     call, inputs = Call(place, spec), inputs_of(place, spec, 1, TOKENS, cu.tolist())
     want = call(inputs, cu=cu)
-    strided = torch.stack((cu, cu + 100), 1)[:, 0]
+    strided = torch.stack((cu, cu), 1)[:, 0]
     assert not strided.is_contiguous()
     for other in (cu.long(), strided, strided.long(), torch.cat((cu[:1], cu))[1:]):
         got = call(inputs, cu=other)
@@ -184,7 +184,7 @@ def test_expanded(place, spec, axis):
 
 
 @PLACE
-@some("mamba2", "gla", "rwkv6", "value_u", "gateloop", "based", "key_u_norm", "transnormer")
+@some("mamba2", "gla", "rwkv6", "value_u", "gateloop", "based", "key_u_norm", "transnormer", "phase_scalar_u")
 def test_any_subset_of_gradients(place, spec):
     any_subset_of_gradients(place, spec)
 
