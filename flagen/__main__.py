@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .cli_bench_options import add_arguments
+from .cli_bench_options import add_arguments, add_tune_arguments
 from .errors import FlagenError
 
 SPEC_HELP = "a shipped name, a JSON file, or module:attribute (which imports the module)"
@@ -81,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
                        help="print its directory; list its entries; remove them; check their checksums")  # fmt: skip
     add_arguments(
         command("bench", "cli_bench:bench", "time specs, against their floors and other libraries"), SPEC_HELP
+    )
+    add_tune_arguments(
+        command("tune", "cli_tune:tune", "time a handful of schedules, remember what is better"), SPEC_HELP
     )
     command("env", "cli_cache:env", "print versions, devices and settings, for a bug report")
     demo = command("demo", "demo:demo", "compile the shipped specs and the README's, run them, show their errors")

@@ -20,7 +20,7 @@ _PACKAGE = Path(__file__).parent
 NOT_SHAPING = (
     "__init__", "__main__", "bench*", "cache", "cache_key", "checks", "cli*", "compare", "compiler",
     "config", "cost*", "demo*", "fuzz*", "load", "logs", "op", "op_*", "private", "reference*", "samples", "schedule*",
-    "testing*", "torch_*", "triton_*",
+    "testing*", "torch_*", "triton_*", "tuned*",
 )  # fmt: skip
 # the distributions that a version is looked for in
 _DISTRIBUTIONS = {

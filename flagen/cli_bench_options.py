@@ -1,4 +1,5 @@
-"""The options of `flagen bench`, without what it runs: the command line is parsed before torch is imported."""
+"""The options of `flagen bench` and `flagen tune`, without what they run: the command line is parsed before torch is
+imported."""
 
 from __future__ import annotations
 
@@ -25,6 +26,15 @@ def add_arguments(bench: argparse.ArgumentParser, spec_help: str) -> None:
     bench.add_argument("--time-limit", type=_above_zero, metavar="SECONDS", help="begin nothing after so long")
     bench.add_argument("--out", metavar="DIR", help="where rows.csv and the pictures go (default: benchmarks/results)")
     bench.add_argument("--plot", nargs="+", metavar="CSV", help="run nothing; the table and pictures of stored rows")
+
+
+def add_tune_arguments(tune: argparse.ArgumentParser, spec_help: str) -> None:
+    """The options of `flagen tune`."""
+    tune.add_argument("specs", nargs="+", metavar="SPEC", help=spec_help)
+    tune.add_argument("--shapes", nargs="+", default=["wide8k"], metavar="SHAPE", help="as for bench (default: wide8k)")
+    tune.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the inputs (default: bf16)")
+    tune.add_argument("--rounds", type=_above_zero, default=5, metavar="N", help="in each of which a choice must win")
+    tune.add_argument("--out", metavar="DIR", help="a folder for the table (default: beside the cache)")
 
 
 def _some(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:

@@ -305,7 +305,7 @@ def test_speed_against_a_peer_is_that_of_its_best():
     def row(spec, shape, library, op, value):
         return dataclasses.replace(ROW, spec=spec, shape=shape, library=library, op=op, value=value, what="fwd+bwd")
 
-    rows = [row("x", "a", "flagen", "", 1.0), row("x", "a", "fla", "slow", 9.0), row("x", "a", "fla", "quick", 2.0),
+    rows = [row("x", "a", "flagen", "", 1.0), row("x", "a", "fla", "quick", 2.0), row("x", "a", "fla", "slow", 9.0),
             row("x", "b", "flagen", "", 1.0), row("x", "b", "fla", "slow", 8.0), row("x", "c", "fla", "slow", 1.0),
             row("x", "d", "flagen", "", math.nan), row("x", "d", "fla", "slow", 5.0)]  # fmt: skip
     assert bench_report.speedups(rows) == [("x", "fla", pytest.approx(4.0), ("a", "b"))]

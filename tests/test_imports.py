@@ -40,6 +40,7 @@ LAYERS = (
     ("cache_key", "cache"),
     ("load",),
     ("schedule", "schedule_*"),
+    ("tuned_tables",),
     ("torch_*",),
     ("triton_*",),
     ("reference",),
@@ -49,7 +50,7 @@ LAYERS = (
     ("cost", "cost_*"),
     ("testing",),
     ("fuzz", "fuzz_*"),
-    ("demo*", "cli_*", "bench", "bench_*"),
+    ("demo*", "cli_*", "bench", "bench_*", "tuned_search"),
     ("__main__",),
 )
 
@@ -153,7 +154,7 @@ def outside(tree: ast.AST) -> set[str]:
 STANDARD = set(sys.stdlib_module_names)
 TORCH_MODULES = (
     "torch_*", "triton_*", "schedule*", "reference", "samples", "compare", "testing", "checks", "op", "op_*",
-    "demo*", "cli_*", "fuzz*", "cost*", "bench*",
+    "demo*", "cli_*", "fuzz*", "cost*", "bench*", "tuned*",
 )  # fmt: skip
 HYPOTHESIS = ("fuzz_exprs", "fuzz_specs", "fuzz_hunt")  # which `flagen fuzz` alone needs
 
