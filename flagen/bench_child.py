@@ -1,7 +1,7 @@
 """Cold and warm starts: the first forward and backward of a new process, whose caches are empty or full.
 
 `python -m flagen.bench_child` is the process: it reads a JSON object from stdin and prints one, with the seconds of the
-first forward and of the first backward after imports and after the device has been woken.
+first forward and of the first backward after imports (of torch, Triton and flagen) and after the device has been woken.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def first_call(
 
 def main() -> int:
     """In the new process."""
+    import contextlib
+
     import torch
 
     import flagen
@@ -56,6 +58,8 @@ def main() -> int:
     from .samples import make_scalars
     from .schedule import Shape
 
+    with contextlib.suppress(ImportError):
+        import triton.language  # noqa: F401
     asked: dict[str, Any] = json.load(sys.stdin)
     device = asked["device"]
     spec = flagen.Spec.from_json(asked["spec"])

@@ -12,6 +12,7 @@ from .bench import Row, shapes_of
 from .bench_report import append, latest, read, summary, table
 from .cli_spec import find_spec
 from .errors import FlagenError
+from .spec import Spec
 
 DEFAULT_SHAPES = {"cuda": ["large"], "cpu": ["1,512,2,64,64"]}
 DECODE_SHAPES = {"cuda": "decode", "cpu": "8,1,2,64,64"}
@@ -33,7 +34,7 @@ def bench(arguments: argparse.Namespace) -> int:
     shapes = shapes_of(names)
     if "decode" in arguments.what and not any(one.T == 1 for one in shapes.values()):
         shapes |= shapes_of([DECODE_SHAPES[kind]])
-    chosen = [find_spec(text) for text in arguments.specs] or [specs.get(name) for name in specs.names()]
+    chosen = [find_spec(text) for text in arguments.specs] or _shipped(kind)
     settings = Settings(
         device=device,
         dtype=arguments.dtype or ("bf16" if kind == "cuda" else "fp32"),
@@ -58,6 +59,14 @@ def bench(arguments: argparse.Namespace) -> int:
     runner = Runner(settings, say, keep)
     runner.run(chosen, shapes)
     return _finish(runner.rows, folder, runner.wrong, runner.missing)
+
+
+def _shipped(kind: str) -> list[Spec]:
+    """The shipped specs; on a GPU those that have kernels."""
+    from .compiler import prepare
+
+    found = [specs.get(name) for name in specs.names()]
+    return [one for one in found if kind != "cuda" or prepare(one)[0] is not None]
 
 
 def _finish(rows: list[Row], folder: Path, wrong: list[str], missing: list[str]) -> int:

@@ -27,12 +27,16 @@ def show_cost(spec: Spec, shape: dict[str, int], dtype: str, device: str | None)
         return
     import torch
 
-    from .cost import estimate
+    from .cost import CostError, estimate
     from .schedule import Shape
 
     machine = _machine(device)
     sizes = Shape.dense(*(shape[axis] for axis in "BTHKV"))
-    found = estimate(spec, sizes, getattr(torch, DTYPES[dtype]), machine)
+    try:
+        found = estimate(spec, sizes, getattr(torch, DTYPES[dtype]), machine)
+    except CostError as error:
+        print(f"\nkernels of a call: not shown, {error}")
+        return
     print(f"\nschedule on {machine.name}, {dtype}: {_schedule(found)}")
     for title, stage in (
         ("forward", found.forward),

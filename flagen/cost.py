@@ -37,7 +37,8 @@ from .compiler import prepare
 from .cost_launch import Argument, Calls, Launch, TorchKernel, trace
 from .cost_registers import registers
 from .cost_trace import count
-from .cost_work import Block, CostError, Work, functions_of
+from .cost_work import Block, Work, functions_of
+from .cost_work import CostError as CostError
 from .load import load
 from .schedule import Device, Shape, rows_of_state
 

@@ -58,7 +58,10 @@ def count(
     functions, constants = functions_of(source)
     run = _Run(functions, constants, program)
     run.where = kernel
-    run.call(functions[kernel], (), {name: _plain(value) for name, value in arguments.items()})
+    try:
+        run.call(functions[kernel], (), {name: _plain(value) for name, value in arguments.items()})
+    except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CostError(f"{kernel}: the cost model stumbled: {type(error).__name__}: {error}") from error
     return run.work, run.blocks
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from flagen import compiler, cost, cost_launch, cost_trace, specs
+from flagen.__main__ import main
 from flagen.bench import Row
 from flagen.cost_registers import registers
 from flagen.cost_work import Block, CostError, Work, kernels_of
@@ -264,6 +265,8 @@ def test_programs_and_absent_tensors_decide():
         ("b_s = b_s + tl.zeros([8, BT], dtype=tl.float32)", "do not fit"),
         ("b_s = b_t", "'b_t' has no value"),
         ("b_s = b_s[0]", "does not know"),
+        ("b_s = tl.dot(b_s)", "stumbled: TypeError"),
+        ("b_s = o_i.to()", "stumbled: IndexError"),
     ],
 )
 def test_what_is_not_known_is_an_error(body, message):
@@ -365,3 +368,30 @@ def test_calibration_finds_the_constants_that_made_the_times():
     assert max(abs(math.log(one.ratio(H100, cost.FITTED))) for one in points) > 0.2
     fitted = calibrate.fit(points, H100)
     assert max(abs(math.log(one.ratio(H100, fitted))) for one in points) < 0.05
+
+
+def test_show_prints_the_kernels_and_what_they_cost(capsys):
+    shape = ("--shape", "1,65536,4,128,128")
+    assert main(["show", "retnet", *shape, "--device", "h100", "--dtype", "bf16"]) == 0
+    out = capsys.readouterr().out
+    found = cost.estimate(specs.get("retnet"), Shape.dense(1, 65536, 4, 128, 128))
+    assert f"fwd_L={found.schedule.fwd_L} " in out
+    assert f"training forward: {1e6 * found.training.seconds:.0f} us by estimate" in out
+    for one in found.both.kernels:
+        short = one.name.removeprefix("retnet_").removesuffix("_kernel")
+        lines = [line.split() for line in out.splitlines() if line.strip().startswith(f"{short} ")]
+        assert any("x".join(map(str, one.grid)).removesuffix("x1").removesuffix("x1") in line for line in lines), short
+    assert f"{found.extra / found.inputs:.0%} of the inputs" in out
+    assert main(["show", "retnet", *shape, "--device", "a100"]) == 0
+    assert "from data sheets" in capsys.readouterr().out
+    assert main(["show", "retnet", "--device", "abacus"]) == 2
+    assert "knows no device" in capsys.readouterr().err
+
+
+def test_show_says_what_the_cost_model_does_not_know(capsys, monkeypatch):
+    def unknown(*_):
+        raise CostError("gla_fwd_kernel, line 3: the cost model does not know what 'x' costs")
+
+    monkeypatch.setattr(cost, "estimate", unknown)
+    assert main(["show", "gla"]) == 0
+    assert "not shown, gla_fwd_kernel, line 3" in capsys.readouterr().out
