@@ -7,8 +7,10 @@ from hostile import FEWER, INTERPRETER, some
 from test_hostile_values import (
     BEHIND,
     EDGES,
+    HIDDEN,
     RAW,
     SIZES,
+    a_gate_that_is_nan,
     channels_of_any_size,
     decays_all_alike,
     decays_mixed_in_a_chunk,
@@ -52,6 +54,12 @@ def test_no_tokens(spec, cu):
 @FEWER
 def test_one_token(spec):
     one_token(INTERPRETER, spec, [0, 0, 1])
+
+
+@HIDDEN
+@pytest.mark.parametrize("name", ["raw", "raw_key", "raw_value"])
+def test_a_gate_that_is_nan(name):
+    a_gate_that_is_nan(INTERPRETER, RAW[name])
 
 
 @pytest.mark.parametrize("factors", SIZES.values(), ids=SIZES)
