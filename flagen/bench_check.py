@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # enough for two pieces of a sequence, where a small call is cut as the large one is; else fewer
 TOKENS, TOKENS_UNCUT, TOKENS_ON_CPU = 600, 500, 60
+SEGMENT = 64  # tokens whose states the reference holds at once for its gradient: they are fp64
 SMALL_HEADS = 16  # kernels are compiled anew for a number of heads that is no multiple of 16
 LONG = 100_000  # tokens from which on one head is compared, not two
 # times the limits of a check: more tokens have more roundings, and what a sample must show (wrong states at the ends of
@@ -38,7 +39,7 @@ def small(op: Op, shape: Shape, dtype: torch.dtype, device: str) -> str:
     # with states there would be other kernels than those that are timed, and to wait for
     states = shape.T == 1
     report = check(op, inputs=named, scalars=scalars, device=device, raises=False, initial_state=states,
-                   final_state=states, decode=3 if states else 0)  # fmt: skip
+                   final_state=states, decode=3 if states else 0, segment=SEGMENT)  # fmt: skip
     return _said(report.failures)
 
 
