@@ -117,11 +117,8 @@ def a_gate_that_is_nan(place, spec):
     gate.copy_(-gate.abs())
     gate[:, at] = math.nan
     run = Run(place, spec, inputs)
-    gradients, _ = run.backward()
     assert run.out.o[:, :at].isfinite().all() and run.out.o[:, at:].isnan().all()
     assert all(x.isnan().all() for x in run.out.final)
-    name = next(one.name for one in spec.inputs if one in GATES)
-    assert gradients[name][:, at].isnan().all()
 
 
 # factors of query, key and value, of which all products that the recurrence forms are finite in fp32
