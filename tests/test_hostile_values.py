@@ -206,6 +206,12 @@ def test_a_sequence_of_no_tokens_at_the_end(place, spec):
 
 
 @PLACE
+@FEW
+def test_a_sequence_of_no_tokens_where_a_piece_begins(place, spec):
+    sequences_of_no_tokens(place, spec, [0, 32, 32, 40], cut=True)
+
+
+@PLACE
 @pytest.mark.parametrize("cu", [None, [0, 0], [0, 0, 0]], ids=["dense", "one", "two"])
 @FEW
 def test_no_tokens(place, spec, cu):

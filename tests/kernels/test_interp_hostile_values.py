@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hostile import FEWER, INTERPRETER, some
+from hostile import BRIEF, FEWER, INTERPRETER, some
 from test_hostile_values import (
     BEHIND,
     EDGES,
@@ -43,6 +43,11 @@ def test_sequences_of_no_tokens(spec, cu):
 @some("gla", "key_u_norm", "shared")
 def test_a_sequence_of_no_tokens_at_the_end(spec, cut):
     sequences_of_no_tokens(INTERPRETER, spec, [0, 18, 18], cut)
+
+
+@some("gla", "key_u_norm", "shared")
+def test_a_sequence_of_no_tokens_where_a_piece_begins(spec):
+    sequences_of_no_tokens(BRIEF, spec, [0, 16, 16, 20], cut=True)
 
 
 @pytest.mark.parametrize("cu", [None, [0, 0, 0]], ids=["dense", "two"])
