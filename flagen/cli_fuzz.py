@@ -141,7 +141,8 @@ class Tally:
             backend=self.backend,
             until=time.time() + (min(left, ROUND_SECONDS[kind]) if target is None else SHRINK_SECONDS[kind]),
             shrink_seconds=min(SHRINK_SECONDS[kind], left + 30),
-            most=-(-(self.most - len(self.specs)) // self.jobs),
+            # the simplest spec comes up in every round
+            most=1 - (-(self.most - len(self.specs)) // self.jobs),
             known=tuple(self.findings),
             journal=str(self.home / f"{self.number}.jsonl"),
             target=target,

@@ -4,6 +4,7 @@ process, and after a fault on the GPU a process is of no more use.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import time
@@ -12,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
 MOST_JOBS = 16
+READY = "ready"  # what a process says before its first result
 _NO_MORE = object()
 
 
@@ -34,8 +36,8 @@ def run(
     busy: dict[Connection, tuple[Any, Any, float]] = {}
     context = multiprocessing.get_context("spawn")
 
-    def give(connection: Connection, process: Any, unit: Any) -> None:
-        busy[connection] = process, unit, time.monotonic()
+    def give(connection: Connection, process: Any, unit: Any, began: float) -> None:
+        busy[connection] = process, unit, began
         connection.send(unit)
 
     def start() -> bool:
@@ -46,7 +48,7 @@ def run(
         process = context.Process(target=_serve, args=(work, theirs, max(1, cores() // jobs)), daemon=True)
         process.start()
         theirs.close()
-        give(ours, process, unit)
+        give(ours, process, unit, math.inf)
         return True
 
     try:
@@ -56,13 +58,17 @@ def run(
             for connection in cast("list[Connection]", wait(list(busy), patience and min(patience, 5))):
                 process, unit, _ = busy.pop(connection)
                 try:
-                    result, healthy = connection.recv()
+                    answer = connection.recv()
                 except (EOFError, OSError):
-                    result, healthy = None, False
+                    answer = None, False
+                if answer == READY:
+                    busy[connection] = process, unit, time.monotonic()
+                    continue
+                result, healthy = answer
                 yield unit, result
                 following = next(waiting, _NO_MORE) if healthy else _NO_MORE
                 if following is not _NO_MORE:
-                    give(connection, process, following)
+                    give(connection, process, following, time.monotonic())
                     continue
                 if healthy:
                     connection.send(None)
@@ -82,6 +88,7 @@ def _serve(work: Callable[[Any], tuple[Any, bool]], connection: Connection, thre
     import torch
 
     torch.set_num_threads(threads)
+    connection.send(READY)
     while (unit := connection.recv()) is not None:
         answer = work(unit)
         connection.send(answer)

@@ -21,7 +21,7 @@ import torch
 from . import testing
 from .compare import Report
 from .errors import FlagenError
-from .expr import FUNCTION_ARITY, Call, Expr, Index, Input, Scalar, k, q, to_text, v
+from .expr import OPERATORS, ROW_FUNCTIONS, Call, Expr, Index, Input, Scalar, k, q, to_text, v
 from .spec import EPS, ROLES, Spec, Taylor, default_inputs
 
 FORMAT = 1
@@ -126,10 +126,9 @@ def _tupled(value: Any) -> Any:
 
 def source(spec: Spec) -> str:
     """Python text that imports what it needs and makes an equal spec, under the name `spec`."""
-    exprs = [getattr(spec, role) for role in ROLES if role not in ("query", "key")]
-    exprs += [spec.bare_query, spec.bare_key, spec.feature_map, spec.normalize]
+    exprs = [*_given(spec).values(), spec.feature_map, spec.normalize]
     nodes = [node for expr in exprs if isinstance(expr, Expr) for node in expr.walk()]
-    imported = {node.function for node in nodes if isinstance(node, Call) and node.function in FUNCTION_ARITY}
+    imported = {node.function for node in nodes if isinstance(node, Call) and node.function not in OPERATORS}
     imported |= {node.name for node in nodes if isinstance(node, Index)}
     imported |= {one.name for one in (q, k, v) if one in nodes} | {"Spec"}
     declared = [one for one in spec.inputs if one not in (q, k, v)]
@@ -148,10 +147,18 @@ def _declaration(one: Input) -> str:
     return f'Input("{one.name}", "{" ".join(one.axes)}"{"".join(bounds)})'
 
 
+def _given(spec: Spec) -> dict[str, Expr]:
+    """The roles that differ from their defaults, as they were written."""
+    found: dict[str, Any] = {role: getattr(spec, role) for role in ROLES}
+    found |= {"query": spec.bare_query, "key": spec.bare_key, "erase_a": spec.erase_a, "erase_b": spec.erase_b}
+    return {role: expr for role, expr in found.items() if expr is not None and expr != DEFAULTS.get(role)}
+
+
 def _constructor(spec: Spec) -> list[str]:
-    given: dict[str, Any] = {role: getattr(spec, role) for role in ROLES}
-    given |= {"query": spec.bare_query, "key": spec.bare_key}
-    shown = {role: to_text(expr) for role, expr in given.items() if expr != DEFAULTS.get(role) and expr is not None}
+    shown = {role: to_text(expr) for role, expr in _given(spec).items()}
+    if spec.erase is not None:
+        shown["erase"] = f"({shown.pop('erase_a')}, {shown.pop('erase_b')})"
+        shown |= {"erase_reads": repr(spec.erase_reads)} if spec.erase_reads != "decayed" else {}
     if spec.feature_map is not None:
         text = to_text(spec.feature_map) if isinstance(spec.feature_map, Expr) else ""
         shown["feature_map"] = f"lambda x: {text}" if text else str(spec.feature_map)
@@ -203,7 +210,10 @@ def features(trial: Trial) -> frozenset[str]:
     found |= {role for role in ("phase", "bonus") if getattr(spec, role) is not None}
     bare = {"query": spec.bare_query, "key": spec.bare_key, "value": spec.value}
     found |= {role for role, expr in bare.items() if not isinstance(expr, Input)}
-    leaves = {node for _, expr in spec.roles for node in expr.walk() if not node.children}
+    found |= {f"erase {spec.erase_reads}"} if spec.erase is not None else set()
+    nodes = [node for _, expr in spec.roles for node in expr.walk()]
+    found |= {"l2norm"} if any(isinstance(one, Call) and one.function in ROW_FUNCTIONS for one in nodes) else set()
+    leaves = {node for node in nodes if not node.children}
     found |= {"scalars"} if any(isinstance(one, Scalar) for one in leaves) else set()
     found |= {"head"} if any(isinstance(one, Index) for one in leaves) else set()
     found |= (

@@ -22,6 +22,7 @@ from .expr import (
     exp,
     head,
     heads,
+    l2norm,
     log,
     logsigmoid,
     maximum,
@@ -110,6 +111,8 @@ NEGATIVE: tuple[Form, ...] = (
 )
 # <= 0 where x is
 DECLARED: tuple[Form, ...] = (lambda x: x, lambda x: x / 4, lambda x: maximum(x, -1))
+# from 0 to 1
+STRENGTHS: tuple[Form, ...] = (sigmoid, lambda x: 1 - exp(-softplus(x)), lambda x: minimum(relu(x), 1))
 # a number per head, > 0
 CONSTANTS: tuple[Callable[[], Expr], ...] = (
     lambda: (head + 1) / heads,
@@ -205,10 +208,19 @@ def log_decay(draw: Draw, axes: str, others: Sequence[Input] = ()) -> Expr:
     return one_of(draw, NEGATIVE)(one_of(draw, BOUNDED)(x)) * weight
 
 
-def role(draw: Draw, own: Input, others: Sequence[Input]) -> Expr:
-    """Query, key or value: the input of its name, another, or one that is gated or mapped."""
-    kind = one_of(draw, ("own", "own", "own", "gated", "form", "renamed", "sum", "positive", "constant"))
+def strength(draw: Draw, axes: str) -> Expr:
+    """From 0 to 1, over exactly these axes."""
+    return one_of(draw, STRENGTHS)(leaf(draw, axes))
+
+
+def role(draw: Draw, own: Input, others: Sequence[Input], rows: bool) -> Expr:
+    """Query, key or value: the input of its name, another, or one that is gated or mapped. rows: whether it may be made
+    a vector of norm 1, which a value is not.
+    """
+    kind = one_of(draw, ("own", "own", "own", "gated", "form", "renamed", "sum", "positive", "constant", "unit"))
     axes = own.axes
+    if kind == "unit":
+        return l2norm(own) * one_of(draw, (1, 2)) if rows and "k" in axes else -own
     if kind == "own":
         return own
     if kind == "gated":

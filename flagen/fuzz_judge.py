@@ -180,6 +180,7 @@ def _moved(case: Case, seed: int) -> Case | None:
         )
 
     changed: dict[str, Any] = {"feature_map": spec.feature_map if spec.taylor else None}
+    erase: list[Expr] = []
     tensors: list[Tensor] = []
     extra: list[Input] = []
     with torch.no_grad():
@@ -188,6 +189,10 @@ def _moved(case: Case, seed: int) -> Case | None:
             if role in ("query", "key", "value"):
                 own = Input(f"noise_{role}", AXES_OF[role])
                 changed[role], noise = expr + own, value * share(value, case.dtype)
+            elif role in ("erase_a", "erase_b"):
+                own = Input(f"noise_{role}", AXES_OF[role])
+                erase.append(expr + own)
+                noise = value * share(value, case.dtype)
             elif role in ("log_decay", "phase") and expr.inputs:
                 # in kernels these are fp32, or fp64
                 own = Input(f"noise_{role}", "bth" + "".join(axis for axis in expr.axes if axis in "kv"))
@@ -199,6 +204,8 @@ def _moved(case: Case, seed: int) -> Case | None:
             extra.append(own)
             tensors.append(noise)
         states = tuple((x * (1 + share(x, case.dtype))).requires_grad_(x.requires_grad) for x in case.states)
+    if erase:
+        changed["erase"] = tuple(erase)
     try:
         noisy = spec.replace("noisy", **changed, inputs=[*spec.inputs, *extra])
     except SpecError:

@@ -18,7 +18,26 @@ from typing import Any
 from hypothesis import strategies as st
 
 from . import fuzz_exprs as exprs
-from .expr import Expr, elu, exp, k, maximum, q, relu, sigmoid, silu, softplus, sqrt, tanh, taylor, v
+from .expr import (
+    ROW_FUNCTIONS,
+    Expr,
+    Input,
+    Taylor,
+    elu,
+    exp,
+    k,
+    l2norm,
+    maximum,
+    q,
+    relu,
+    sigmoid,
+    silu,
+    softplus,
+    sqrt,
+    tanh,
+    taylor,
+    v,
+)
 from .expr import abs as absolute
 from .fuzz import Trial
 from .fuzz_exprs import Draw, one_of
@@ -26,6 +45,7 @@ from .samples import LAYOUTS
 from .spec import Spec, SpecWarning, default_inputs
 
 NAME = "drawn"
+RARELY = (False, False, False, True)
 DECAY_AXES = (
     None, "h", "bth", "bthk", "bthv", "", "hk", "hv", "bh", "bthk", "bth", "bthv", "th", "bhk", "btk", "bhv", "bt", "t",
     "k", "thv",
@@ -54,6 +74,7 @@ SIGNED_DIVISORS: tuple[Any, ...] = (
 class Profile:
     """What arguments are drawn from, the simplest first. lengths: tokens, of a chunk of C tokens, as functions of C.
 
+    row_keys: with an l2norm, whose derivative is zero for one channel. rows: whether with erase and l2norm at all.
     builds: how often dtypes and channels are drawn for one spec, which is what compiles kernels anew; runs: how often
     lengths and the like are drawn for each of these.
     """
@@ -61,14 +82,17 @@ class Profile:
     device: str
     backend: str
     dtypes: tuple[str, ...]
+    gate_dtypes: tuple[str | None, ...]
     keys: tuple[int, ...]
     taylor_keys: tuple[int, ...]
+    row_keys: tuple[int, ...]
     values: tuple[int, ...]
     heads: tuple[int, ...]
     chunks: tuple[int | None, ...]
     lengths: tuple[Callable[[int], int], ...]
     builds: int
     runs: int
+    rows: bool
 
 
 LENGTHS = (
@@ -76,22 +100,55 @@ LENGTHS = (
 )  # fmt: skip
 PROFILES = {
     "cpu": Profile(
-        device="cpu", backend="torch", dtypes=("float32", "float64", "bfloat16", "float16"), keys=(5, 1, 3, 8, 16, 33),
-        taylor_keys=(5, 1, 3, 8), values=(3, 1, 4, 7, 20, 40), heads=(1, 2, 3, 4, 6), chunks=(16, 32, None, 64),
-        lengths=(*LENGTHS, lambda C: 5 * C + 3), builds=2, runs=2,
+        device="cpu",
+        backend="torch",
+        dtypes=("float32", "float64", "bfloat16", "float16"),
+        gate_dtypes=(None, "float32", "bfloat16"),
+        keys=(5, 1, 3, 8, 16, 33),
+        taylor_keys=(5, 1, 3, 8),
+        row_keys=(5, 3, 8, 16, 33),
+        values=(3, 1, 4, 7, 20, 40),
+        heads=(1, 2, 3, 4, 6),
+        chunks=(16, 32, None, 64),
+        lengths=(*LENGTHS, lambda C: 5 * C + 3),
+        builds=2,
+        runs=2,
+        rows=True,
     ),
     "interpreter": Profile(
-        device="cpu", backend="triton", dtypes=("float32", "float16", "bfloat16"), keys=(5, 3, 8, 17, 1),
-        taylor_keys=(3, 5, 1), values=(3, 4, 7, 20, 1), heads=(1, 2, 4), chunks=(16, 32, None), lengths=LENGTHS[:5],
-        builds=1, runs=2,
+        # Triton's interpreter has no bf16
+        device="cpu",
+        backend="triton",
+        dtypes=("float32", "float16"),
+        gate_dtypes=(None, "float32", "float16"),
+        keys=(5, 3, 8, 17, 1),
+        taylor_keys=(3, 5, 1),
+        row_keys=(5, 3, 8),
+        values=(3, 4, 7, 20, 1),
+        heads=(1, 2, 4),
+        chunks=(16, 32, None),
+        lengths=LENGTHS[:5],
+        builds=1,
+        runs=2,
+        rows=False,
     ),
     "cuda": Profile(
-        device="cuda", backend="auto", dtypes=("float32", "bfloat16", "float16"),
-        keys=(16, 5, 20, 33, 60, 64, 100, 128), taylor_keys=(5, 8, 16, 24, 3), values=(16, 3, 24, 40, 64, 100, 128),
-        heads=(1, 2, 4, 6), chunks=(None, None, 16, 32, 64),
-        lengths=(*LENGTHS, lambda C: 8 * C + 1, lambda C: 257, lambda C: 700), builds=2, runs=3,
+        device="cuda",
+        backend="auto",
+        dtypes=("float32", "bfloat16", "float16"),
+        gate_dtypes=(None, "float32", "bfloat16"),
+        keys=(16, 5, 20, 33, 60, 64, 100, 128),
+        taylor_keys=(5, 8, 16, 24, 3),
+        row_keys=(16, 5, 33, 64, 100),
+        values=(16, 3, 24, 40, 64, 100, 128),
+        heads=(1, 2, 4, 6),
+        chunks=(None, None, 16, 32, 64),
+        lengths=(*LENGTHS, lambda C: 8 * C + 1, lambda C: 257, lambda C: 700),
+        builds=2,
+        runs=3,
+        rows=False,
     ),
-}  # fmt: skip
+}
 
 
 def trials(profile: Profile) -> st.SearchStrategy[tuple[Trial, ...]]:
@@ -99,7 +156,7 @@ def trials(profile: Profile) -> st.SearchStrategy[tuple[Trial, ...]]:
 
     @st.composite
     def drawn(draw: Draw) -> tuple[Trial, ...]:
-        spec = drawn_spec(draw)
+        spec = draw(specs(profile.rows))
         found: list[Trial] = []
         for _ in range(one_of(draw, range(1, profile.builds + 1))):
             build = _build(draw, spec, profile)
@@ -109,9 +166,9 @@ def trials(profile: Profile) -> st.SearchStrategy[tuple[Trial, ...]]:
     return drawn()
 
 
-def specs() -> st.SearchStrategy[Spec]:
-    """A spec of the language."""
-    return st.composite(drawn_spec)()
+def specs(rows: bool = True) -> st.SearchStrategy[Spec]:
+    """A spec of the language. rows: whether with erase and l2norm."""
+    return st.composite(drawn_spec)(rows)
 
 
 def _times(draw: Draw, most: int) -> range:
@@ -121,54 +178,90 @@ def _times(draw: Draw, most: int) -> range:
 # --- the spec
 
 
-def drawn_spec(draw: Draw) -> Spec:
-    """The rules of the language decide what may follow: a phase or a bonus excludes taylor, and so on."""
-    rarely = st.sampled_from((False, False, False, True))
+@st.composite
+def _part(draw: Draw, make: Callable[..., Any], *arguments: Any) -> Any:
+    """What `make` draws as one part, which a failure that does not need it can shrink away at once."""
+    draw(st.just(None))
+    return make(draw, *arguments)
+
+
+def drawn_spec(draw: Draw, rows: bool = True) -> Spec:
+    """The rules of the language decide what may follow: a phase excludes taylor, and so on."""
+    axes, decay = draw(_part(_decay))
+    per_key, per_value = "k" in axes, "v" in axes
+    found: dict[str, Any] = {} if decay is None else {"log_decay": decay}
+    if not per_value:
+        found |= draw(_part(_phase))
+    if rows and not per_value and not found.keys() & {"phase"}:
+        found |= draw(_part(_erase))
+    alone = bool(found.keys() & {"phase", "erase"})  # without taylor and a sum to divide by
+    found |= draw(_part(_features, not per_key and not alone, not per_value and not alone))
+    if not isinstance(found.get("feature_map"), Taylor) and "erase" not in found:
+        found |= draw(_part(_bonus, "normalize" in found))
+    found["scale"] = one_of(draw, (None, None, 1, 0.3))
+    for name, own, others in (("key", k, (q, k)), ("query", q, (q, k)), ("value", v, (v,))):
+        found[name] = draw(_part(exprs.role, own, others, rows))
+    return _declared(draw, found)
+
+
+def _decay(draw: Draw) -> tuple[str, Expr | None]:
     axes = one_of(draw, DECAY_AXES)
-    per_key, per_value = "k" in (axes or ""), "v" in (axes or "")
-    arguments: dict[str, Any] = {}
-    if axes is not None:
-        arguments["log_decay"] = exprs.log_decay(draw, axes, (q, k, v))
-    kind = one_of(draw, ("plain", "plain", "plain", "map", "taylor", "map"))
-    if kind == "taylor" and per_key:
-        kind = "map"
-    if kind != "taylor" and not per_value and draw(rarely):
-        arguments["phase"] = _phase(draw)
-    positive = "phase" not in arguments and not per_value and draw(st.booleans())  # a sum to divide by
-    arguments |= _features(draw, kind, positive)
-    if positive:
-        positive_sum = "feature_map" in arguments and arguments["feature_map"] != taylor(1)
-        arguments["normalize"] = one_of(draw, DIVISORS if positive_sum else SIGNED_DIVISORS)
-        if arguments["normalize"] is True and draw(rarely):
-            arguments["eps"] = 1e-3
-    if kind != "taylor" and draw(rarely):
-        axes = one_of(draw, exprs.subsets("bthk"))
-        arguments["bonus"] = exprs.positive(draw, axes) if positive or draw(st.booleans()) else exprs.signed(draw, axes)
-    arguments["key"] = exprs.role(draw, k, (q, k))
-    arguments["query"] = exprs.role(draw, q, (q, k))
-    arguments["value"] = exprs.role(draw, v, (v,))
-    arguments["scale"] = one_of(draw, (None, None, 1, 0.3))
-    return _declared(draw, arguments)
+    return axes or "", None if axes is None else exprs.log_decay(draw, axes, (q, k, v))
 
 
-def _features(draw: Draw, kind: str, positive: bool) -> dict[str, Any]:
-    if kind == "taylor":
-        return {"feature_map": taylor(one_of(draw, (2, 1)))}
-    if kind == "map":
-        return {"feature_map": one_of(draw, POSITIVE_MAPS if positive else SIGNED_MAPS)}
-    return {}
-
-
-def _phase(draw: Draw) -> Expr:
+def _phase(draw: Draw) -> dict[str, Any]:
+    if not one_of(draw, RARELY):
+        return {}
     axes = one_of(draw, ("bthk", "bth", "hk", "h", *exprs.subsets("bthk")))
-    return exprs.signed(draw, axes) * one_of(draw, (1, 0.3)) if draw(st.booleans()) else exprs.leaf(draw, axes)
+    is_made = draw(st.booleans())
+    return {"phase": exprs.signed(draw, axes) * one_of(draw, (1, 0.3)) if is_made else exprs.leaf(draw, axes)}
+
+
+def _erase(draw: Draw) -> dict[str, Any]:
+    """Corrections by a vector of norm 1 at the most, or half of that where two vectors have nothing in common."""
+    if not one_of(draw, RARELY):
+        return {}
+    kind = one_of(draw, ("own", "strength", "strength", "given", "general"))
+    unit = l2norm(exprs.leaf(draw, "bthk", (k,)))
+    strength = exprs.strength(draw, one_of(draw, exprs.subsets("bthk")))
+    pair = {
+        "own": (unit, unit),
+        "strength": (unit, strength * unit),
+        "given": (Input("r_bthk", "bthk"), Input("s_bthk", "bthk")),
+        "general": (unit, strength * l2norm(exprs.leaf(draw, "bthk")) / 2),
+    }
+    return {"erase": pair[kind], "erase_reads": one_of(draw, ("decayed", "previous"))}
+
+
+def _features(draw: Draw, may_expand: bool, may_divide: bool) -> dict[str, Any]:
+    kind = one_of(draw, ("plain", "plain", "map", "taylor", "taylor", "map"))
+    divides = draw(st.booleans()) and may_divide
+    found: dict[str, Any] = {}
+    if kind == "taylor" and may_expand:
+        found["feature_map"] = taylor(one_of(draw, (2, 1)))
+    elif kind != "plain":
+        found["feature_map"] = one_of(draw, POSITIVE_MAPS if divides else SIGNED_MAPS)
+    if divides:
+        is_positive = "feature_map" in found and found["feature_map"] != taylor(1)
+        found["normalize"] = one_of(draw, DIVISORS if is_positive else SIGNED_DIVISORS)
+        if found["normalize"] is True and one_of(draw, RARELY):
+            found["eps"] = 1e-3
+    return found
+
+
+def _bonus(draw: Draw, divides: bool) -> dict[str, Any]:
+    if not one_of(draw, RARELY):
+        return {}
+    axes = one_of(draw, exprs.subsets("bthk"))
+    is_positive = draw(st.booleans()) or divides
+    return {"bonus": exprs.positive(draw, axes) if is_positive else exprs.signed(draw, axes)}
 
 
 def _declared(draw: Draw, arguments: dict[str, Any]) -> Spec:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SpecWarning)  # a divisor of a sum of any sign is meant
         spec = Spec(NAME, **arguments)
-        if one_of(draw, (False,) * 7 + (True,)):
+        if one_of(draw, RARELY):
             order = draw(st.permutations(default_inputs(spec)))
             spec = Spec(NAME, **arguments, inputs=order)
     return spec
@@ -180,16 +273,17 @@ def _declared(draw: Draw, arguments: dict[str, Any]) -> Spec:
 def _build(draw: Draw, spec: Spec, profile: Profile) -> dict[str, Any]:
     """What decides which kernels are compiled."""
     dtype = one_of(draw, profile.dtypes)
-    gates = (None, "float32", "bfloat16") if dtype != "float64" else (None, "float32")
     names = [one.name for one in spec.inputs]
+    has_rows = any(getattr(node, "function", "") in ROW_FUNCTIONS for _, expr in spec.roles for node in expr.walk())
+    keys = profile.taylor_keys if spec.taylor else profile.row_keys if has_rows else profile.keys
     some = st.lists(st.sampled_from([*names, "initial_state"]), unique=True)
     asked = one_of(draw, ("all", "all", "some"))
     return {
         "dtype": dtype,
-        "K": one_of(draw, profile.taylor_keys if spec.taylor else profile.keys),
+        "K": one_of(draw, keys),
         "V": one_of(draw, profile.values),
         "chunk_size": one_of(draw, profile.chunks),
-        "gate_dtype": one_of(draw, gates),
+        "gate_dtype": one_of(draw, profile.gate_dtypes),
         "initial_state": one_of(draw, (False, True, True)),
         "final_state": one_of(draw, (False, True, True)),
         "requires_grad": None if asked == "all" else tuple(draw(some)),
