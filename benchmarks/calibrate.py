@@ -3,7 +3,7 @@
     python benchmarks/calibrate.py benchmarks/results/rows.csv
 
 Prints the constants and how far each row is from its estimate under them. Rows of small shapes, which launches bound,
-are left out; so are those of specs named with --without.
+are left out; so is what --without names.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def fit(found: Sequence[Point], machine: cost.Machine, seed: int = 0) -> cost.Co
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", nargs="+", help="what flagen bench wrote")
-    parser.add_argument("--without", nargs="*", default=[], metavar="SPEC", help="specs to leave out of the fit")
+    parser.add_argument("--without", nargs="*", default=[], metavar="SPEC[:WHAT]",
+                        help="what to leave out of the fit, such as mamba2 or mamba2:fwd+bwd")  # fmt: skip
     given = parser.parse_args()
     rows = read(given.csv)
     devices = {(row.device, row.copy) for row in rows if not math.isnan(row.copy)}
@@ -93,7 +94,7 @@ def main() -> None:
     device, copy = max(devices)
     machine = cost.machine_of(device, copy)
     found = points(rows, machine)
-    used = [one for one in found if one.row.spec not in given.without]
+    used = [one for one in found if not {one.row.spec, f"{one.row.spec}:{one.row.what}"} & set(given.without)]
     if not used:
         parser.error("no row is of a large shape; run flagen bench with --shapes large")
     constants = fit(used, machine)

@@ -18,30 +18,43 @@ WARP = 32
 _END = 1 << 60
 
 
-def registers(kernel: ast.FunctionDef, blocks: Mapping[str, Block], warps: int) -> float:
-    """32-bit registers a thread at the line where most are alive. blocks: what the kernel's variables hold."""
-    events, loops = _events(kernel), [node for node in ast.walk(kernel) if isinstance(node, ast.For)]
+def registers(
+    functions: Mapping[str, ast.FunctionDef], kernel: str, blocks: Mapping[str, Mapping[str, Block]], warps: int
+) -> float:
+    """32-bit registers a thread at the line where most are alive. blocks: what the variables of each function hold."""
+    return _peak(functions, kernel, blocks) / 4 / (WARP * warps)
+
+
+def _peak(functions: Mapping[str, ast.FunctionDef], name: str, blocks: Mapping[str, Mapping[str, Block]]) -> int:
+    """Bytes at the line where most are alive, those inside a function that is called there included."""
+    function = functions[name]
+    called = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
+    calls = {node.lineno: node.id for node in called if isinstance(node, ast.Name) and node.id in functions}
+    events, loops = _events(function), [node for node in ast.walk(function) if isinstance(node, ast.For)]
     alive: dict[int, tuple[Block, set[int]]] = {}
-    for name, block in blocks.items():
+    for variable, block in blocks.get(name, {}).items():
         if block.shape and not block.tensor and block.dtype.startswith(("fp", "bf")):
             # two names of one block share it
-            alive.setdefault(id(block), (block, set()))[1].update(_lines(sorted(events[name]), loops))
+            alive.setdefault(id(block), (block, set()))[1].update(_lines(sorted(events[variable]), loops, set(calls)))
     held: Counter[int] = Counter()
     for block, lines in alive.values():
         for line in lines:
             held[line] += prod(block.shape) * BYTES[block.dtype]
-    return max(held.values(), default=0) / 4 / (WARP * warps)
+    for line, callee in calls.items():
+        held[line] += _peak(functions, callee, blocks)
+    return max(held.values(), default=0)
 
 
-def _lines(events: list[tuple[int, bool]], loops: list[ast.For]) -> set[int]:
-    """The lines on which a variable is alive: from where it is set to its last use before it is set anew, and all of a
-    loop that reads it before setting it."""
+def _lines(events: list[tuple[int, bool]], loops: list[ast.For], calls: set[int]) -> set[int]:
+    """The lines on which a variable is alive: from where it is set to its last use before it is set anew (that line
+    included where a function is called there), and all of a loop that reads it before setting it."""
     sets = [line for line, is_set in events if is_set]
     found: set[int] = set()
     for begin, after in pairwise([*sets, _END]):
         uses = [line for line, is_set in events if not is_set and begin < line <= after]
         if uses:
             found.update(range(begin, max(uses)))
+            found.update(calls & {max(uses)})
     for loop in loops:
         inside = [is_set for line, is_set in events if loop.lineno < line <= (loop.end_lineno or 0)]
         if inside and not inside[0]:

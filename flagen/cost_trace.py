@@ -52,9 +52,9 @@ class _Scope:
 
 def count(
     source: str, kernel: str, arguments: Mapping[str, Any], program: tuple[int, ...]
-) -> tuple[Work, dict[str, Block]]:
-    """The work of one program of a launch, and the blocks that the kernel's variables held at last. arguments: by name,
-    tensors as Block with their dtype and name."""
+) -> tuple[Work, dict[str, dict[str, Block]]]:
+    """The work of one program of a launch, and the blocks that the variables of each function held at last. arguments:
+    by name, tensors as Block with their dtype and name."""
     functions, constants = functions_of(source)
     run = _Run(functions, constants, program)
     run.where = kernel
@@ -75,8 +75,9 @@ class _Run:
         self, functions: Mapping[str, ast.FunctionDef], constants: Mapping[str, Any], program: tuple[int, ...]
     ) -> None:
         self.functions, self.constants, self.program = functions, constants, program
-        self.work, self.weight, self.depth, self.where = Work(), 1.0, 0, ""
-        self.blocks: dict[str, Block] = {}
+        self.work, self.weight, self.where = Work(), 1.0, ""
+        self.blocks: dict[str, dict[str, Block]] = {}  # of each function, what its variables hold
+        self.inside: list[str] = []
 
     def call(self, function: ast.FunctionDef, given: Iterable[Any], named: Mapping[str, Any]) -> Any:
         parameters = function.args
@@ -88,13 +89,13 @@ class _Run:
                 if name not in defaults:
                     raise CostError(f"{self.where}: {function.name} is called without {name!r}")
                 scope[name] = self.value(defaults[name], {})
-        self.depth += 1
+        self.inside.append(function.name)
         try:
             self.block(function.body, scope)
         except _Return as result:
             return result.value
         finally:
-            self.depth -= 1
+            self.inside.pop()
         return None
 
     # --- statements
@@ -127,8 +128,8 @@ class _Run:
     def assign(self, target: ast.expr, value: Any, scope: dict[str, Any]) -> None:
         if isinstance(target, ast.Name):
             scope[target.id] = value
-            if self.depth == 1 and isinstance(value, Block):
-                self.blocks[target.id] = value
+            if isinstance(value, Block):
+                self.blocks.setdefault(self.inside[-1], {})[target.id] = value
         elif isinstance(target, ast.Tuple):
             for one, part in zip(target.elts, value, strict=True):
                 self.assign(one, part, scope)

@@ -142,7 +142,7 @@ def _choices(device: str, folder: str) -> dict[Place, Choice]:
 def _entries(path: Path, device: str, shipped: bool) -> list[Entry]:
     """The entries of a table; none, with a warning, where it is broken; none where there is none."""
     try:
-        return read(path, device, root_may_own=shipped)
+        return read(path, device, shipped=shipped)
     except FileNotFoundError:
         return []
     except (OSError, TableError) as error:
@@ -218,10 +218,11 @@ def _tokens(name: str, value: Any) -> int:
 # --- files
 
 
-def read(path: Path, device: str, *, root_may_own: bool = False) -> list[Entry]:
+def read(path: Path, device: str, *, shipped: bool = False) -> list[Entry]:
     """The entries of a table, checked but for whether they fit a schedule. Raises TableError where the file is not a
-    table of this device; OSError where it cannot be read or somebody else can write it."""
-    content = private.read(path, root_may_own=root_may_own)
+    table of this device; OSError where it cannot be read, or can be written by somebody else. shipped: it lies where
+    flagen's own modules lie, and is trusted as they are."""
+    content = path.read_bytes() if shipped else private.read(path)
     try:
         table = json.loads(content.decode("utf-8"))
     except ValueError as error:

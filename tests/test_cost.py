@@ -283,6 +283,11 @@ def test_a_launch_with_an_argument_that_the_kernel_lacks():
 
 def test_registers_are_those_of_the_blocks_alive_at_once():
     text = """
+def helper(b_a):
+    b_in = tl.exp(b_a)
+    b_in2 = b_in + 1
+    return b_in2 * b_in
+
 def kernel(n):
     b_h = tl.zeros([64, 64])
     for i in range(n):
@@ -292,18 +297,26 @@ def kernel(n):
         b_h = b_h + b_k
         b_z = b_y * b_x
         tl.store(n, b_z)
-    b_last = b_h + 1
+    b_last = CALL
     tl.store(n, b_last)
 """
-    kernel = ast.parse(text).body[0]
     tile, state = Block((64, 32), "fp32"), Block((64, 64), "fp32")
     names = {"b_x": tile, "b_k": tile, "b_y": Block((64, 32), "fp32"), "b_z": Block((64, 32), "bf16"), "b_h": state,
              "o_i": Block((64,), "int32"), "b_last": Block((64, 64), "fp32")}  # fmt: skip
+    inner = {"b_in": Block((64, 64), "fp32"), "b_in2": Block((64, 64), "fp32")}
+
+    def wanted(call, warps=4):
+        tree = ast.parse(text.replace("CALL", call))
+        functions = {one.name: one for one in tree.body}
+        return registers(functions, "kernel", {"kernel": names, "helper": inner}, warps)
+
     # the state, x (under two names, one block) and y
-    assert registers(kernel, names, 4) == (64 * 64 + 2 * 64 * 32) / 128
-    assert registers(kernel, names, 8) == registers(kernel, names, 4) / 2
+    assert wanted("b_h + 1") == (64 * 64 + 2 * 64 * 32) / 128
+    assert wanted("b_h + 1", warps=8) == wanted("b_h + 1") / 2
+    # the state, which the function is given, its result, and both blocks of the function
+    assert wanted("helper(b_h)") == 4 * 64 * 64 / 128
     names["b_k"] = Block((64, 32), "fp32")
-    assert registers(kernel, names, 4) == (64 * 64 + 3 * 64 * 32) / 128
+    assert wanted("b_h + 1") == (64 * 64 + 3 * 64 * 32) / 128
 
 
 # --- times
@@ -323,7 +336,8 @@ def test_the_largest_term_decides():
 
 def test_spills_make_slots_dearer():
     work = Work(lanes=1e6)
-    few, many = (cost.times(work, 132, 1, wanted, H100)["issue"] for wanted in (200, 297))
+    limit = cost.FITTED.REGISTERS
+    few, many = (cost.times(work, 132, 1, wanted, H100)["issue"] for wanted in (limit, limit + 64))
     assert many / few == pytest.approx(1 + 2 * cost.FITTED.SPILL)
 
 
