@@ -301,7 +301,7 @@ def times(
 ) -> dict[str, float]:
     """Seconds by the chain of a program and by the slots of those that share a multiprocessor."""
     multiprocessors, clock = machine.device.multiprocessors, machine.clock
-    rounds = max(1.0, programs / (multiprocessors * together))
+    rounds = -(-programs // (multiprocessors * together))
     spilt = 1 + constants.SPILL * max(0.0, wanted - constants.REGISTERS) / 32
     slots = (work.lanes / LANES + work.special / SPECIAL_LANES) / clock / constants.ISSUE * spilt
     for kind, flops in work.flops.items():

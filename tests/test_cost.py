@@ -100,7 +100,7 @@ def test_a_longer_sequence_costs_in_proportion():
     short, long = (estimated("gla", 1, T, 96, 64, 64) for T in (4096, 16384))
     for one, other in ((short.forward, long.forward), (short.both, long.both)):
         assert other.moved == pytest.approx(4 * one.moved, rel=0.01)
-        assert other.seconds == pytest.approx(4 * one.seconds, rel=0.02)
+        assert other.seconds == pytest.approx(4 * one.seconds, rel=0.04)  # whole rounds of programs
 
 
 # --- bytes
@@ -328,7 +328,8 @@ def test_the_largest_term_decides():
     slow = cost.times(work, 132, 1, 100, H100)
     assert slow["chain"] == pytest.approx(100 * cost.FITTED.PRODUCT / H100.clock + 1e6 * 132 / 700e12)
     assert slow["issue"] == pytest.approx(1e6 * 132 / 700e12)
-    # twice the programs: two rounds, or two at once whose slots add up
+    # a program too many is a round more; twice the programs: two rounds, or two at once whose slots add up
+    assert cost.times(work, 133, 1, 100, H100)["chain"] == 2 * slow["chain"]
     assert cost.times(work, 264, 1, 100, H100)["chain"] == 2 * slow["chain"]
     assert cost.times(work, 264, 2, 100, H100)["chain"] == slow["chain"]
     assert cost.times(work, 264, 2, 100, H100)["issue"] == 2 * slow["issue"]
