@@ -87,9 +87,19 @@ class Plan:
         return self.decay == "key" and not self.complex
 
     @property
+    def sweeps(self) -> bool:
+        """Whether the backward has the form of three sweeps, one each for query, key and value."""
+        return not self.tree and not self.complex and not self.taylor
+
+    @property
     def row_decay(self) -> bool:
         """Whether a chunk's decay is one number a token."""
         return self.decay in ("constant", "scalar")
+
+    @property
+    def fixed_weights(self) -> bool:
+        """Whether the weights of the pairs inside a chunk, but for their scores, are the same for all chunks."""
+        return self.decay not in ("scalar", "key")
 
     @property
     def late_read(self) -> bool:
@@ -244,24 +254,29 @@ class Plan:
                 found.append(Gradient(x.tensor, terms))
         return tuple(found)
 
+    def gradients_of(self, *roles: str) -> tuple[Gradient, ...]:
+        """The gradients by the named roles alone."""
+        found = []
+        for x in self.gradients:
+            terms = tuple(term for term in x.terms if term.role in roles)
+            if terms:
+                found.append(Gradient(x.tensor, terms))
+        return tuple(found)
+
     @cached_property
     def fixed_gradients(self) -> tuple[Gradient, ...]:
         """Those of inputs without a time axis, which a program sums over its tokens."""
         return tuple(one for one in self.gradients if not one.tensor.time)
 
-    def need(self, role: str) -> str:
-        """A Python expression over `needs`: whether the gradient of a role is needed for one that is asked for."""
-        role = {"decay": "log_decay"}.get(role, role)
-        marks = [f"needs[{i}]" for i, x in enumerate(self.gradients) if any(term.role == role for term in x.terms)]
+    def alone(self, gradient: Gradient) -> bool:
+        """Whether an input has its gradient from these terms alone."""
+        return any(one.tensor == gradient.tensor and one.terms == gradient.terms for one in self.gradients)
+
+    def need(self, *roles: str) -> str:
+        """A Python expression over `needs`: whether the gradients of roles are needed for one that is asked for."""
+        wanted = {"log_decay" if role == "decay" else role for role in roles}
+        marks = [f"needs[{i}]" for i, x in enumerate(self.gradients) if any(term.role in wanted for term in x.terms)]
         return f"any(({', '.join(marks)},))" if marks else "False"
-
-    @property
-    def chunk_sums(self) -> str:
-        return ", ".join("None" if x.tensor.time else f"e{x.name}" for x in self.gradients)
-
-    @property
-    def gradient_names(self) -> str:
-        return ", ".join(f"d{x.name}" for x in self.inputs)
 
     def tensors_of(self, *roles: str) -> tuple[TensorArg, ...]:
         """The tensors that the named roles use."""
@@ -293,7 +308,6 @@ class Plan:
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         names = tuple(one.name for one in self.inputs)
-        gradients = tuple(f"d{name}" for name in names)
         state = ("S", "z") if self.normalized else ("S",)
         keys = tuple(one.name for one in self.state_tensors if not one.is_constant)
         queries = tuple(one.name for one in self.adjoint_tensors if not one.is_constant)
@@ -306,11 +320,32 @@ class Plan:
                    when="the sequence is cut into pieces: their true first states"),
             Kernel(name=f"{self.name}_bwd_state_kernel", direction="backward", reads=(*queries, "do"),
                    writes=tuple(f"d{x}" for x in state), when="the backward is cut into pieces"),
-            Kernel(name=f"{self.name}_bwd_kernel", direction="backward", reads=(*names, "do", *state),
-                   writes=gradients, when="a gradient is asked for"),
+            *self._backward_kernels,
             Kernel(name=f"{self.name}_step_kernel", direction="one token", reads=(*names, *state), writes=("o", *state),
                    when="decode"),
         )  # fmt: skip
+
+    @property
+    def _backward_kernels(self) -> tuple[Kernel, ...]:
+        names = tuple(one.name for one in self.inputs)
+        state = ("S", "z") if self.normalized else ("S",)
+        if not self.sweeps:
+            whole = Kernel(name=f"{self.name}_bwd_kernel", direction="backward", reads=(*names, "do", *state),
+                           writes=tuple(f"d{name}" for name in names), when="a gradient is asked for")  # fmt: skip
+            return (whole,)
+        found = []
+        for kernel, direction, roles in (
+            ("dq", "forward", ("query", "bonus")), ("dk", "backward", ("key",)), ("dv", "backward", ("value",)),
+            ("dg", "either", ("log_decay",)),
+        ):  # fmt: skip
+            writes = tuple(f"d{x.name}" for x in self.gradients_of(*roles))
+            if not writes:
+                continue
+            reads = (*names, "do", *state) if kernel != "dg" else tuple(x.name for x in self.tensors_of("log_decay"))
+            when = f"a gradient of what {' or '.join(roles)} uses is asked for"
+            found.append(Kernel(name=f"{self.name}_{kernel}_kernel", direction=direction, reads=reads, writes=writes,
+                                when=when))  # fmt: skip
+        return tuple(found)
 
     def __str__(self) -> str:
         lines = [f"plan of {self.name}", f"  decay: {self.decay}", f"  state: {' + '.join(self.state_names)}"]

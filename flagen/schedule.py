@@ -48,7 +48,8 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Launch-time constants. fwd_L, bwd_L: tokens per piece of a sequence, a multiple of LC, or 0 where it is not cut.
+    """Launch-time constants. fwd_L, bwd_L, dq_L: tokens per piece of a sequence, a multiple of LC, or 0 where it is not
+    cut. rows: the tile of the sweeps for query and key, whose programs have a block of K and all of V; its BV is that block.
 
     DOT, PRECISION: dtype of the products' operands and how fp32 ones are multiplied; SUM_PRECISION: the same for sums
     of log decays; PARTS: how many bf16 parts of a log decay are summed.
@@ -59,11 +60,14 @@ class Schedule:
     intra: Tile
     bwd_intra: Tile
     step: Tile
+    rows: Tile
     BK: int
+    BV: int
     BF: int
     LC: int
     fwd_L: int
     bwd_L: int
+    dq_L: int
     PARTS: int
     DOT: Any
     PRECISION: str
@@ -135,18 +139,25 @@ def schedule(
         # half a state, and two programs at once on a multiprocessor
         half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
         fwd = tile(BT, half, BF * half * parts, 2 if low else 1)
+        bwd = fwd if plan.sweeps else bwd
     programs = shape.N * shape.H
+    whole = block(shape.V, triton)
+    rows = sweep_tile(BT, BK, whole, low)
     return Schedule(
         fwd=fwd,
         bwd=bwd,
         intra=Tile(BT, 64, 2, 1),
         bwd_intra=Tile(BT, 64, 4, 1),
         step=Tile(1, max(16, min(BV, 4096 // BF)), 4, 1),
+        rows=rows,
         BK=BK,
+        BV=whole,
         BF=BF,
         LC=LC,
         fwd_L=piece(shape, programs * -(-shape.V // fwd.BV), device, LC),
         bwd_L=piece(shape, programs * -(-shape.V // bwd.BV), device, LC),
+        # these pieces begin at checkpoints and cost next to nothing: enough of them to fill the device evenly
+        dq_L=piece(shape, -(-programs * -(-shape.K // rows.BV) // 8), device, LC),
         PARTS=1 if exact_decay and low else 2,
         DOT=tl.bfloat16 if low else tl.float32,
         PRECISION=input_precision or ("tf32" if dtype == torch.float16 else device.precision),
@@ -178,6 +189,14 @@ def tile(BT: int, BV: int, elements: int, stages: int) -> Tile:
     32 tokens Triton 3.6 gave wrong states for Hopper when they were.
     """
     return Tile(BT, BV, 8 if elements > STATE_ELEMENTS // 2 else 4, stages)
+
+
+def sweep_tile(BT: int, widest: int, others: int, low: bool) -> Tile:
+    """The tile of a sweep that has blocks of up to `widest` channels of one side of the state and `others`, all of the
+    other side: half a state and two programs at once on a multiprocessor where that leaves blocks of 64."""
+    elements = STATE_ELEMENTS // 2 if others <= 128 else STATE_ELEMENTS
+    size = value_block(widest, others, elements)
+    return tile(BT, size, size * others, 2 if low and others <= 128 else 1)
 
 
 def piece(shape: Shape, programs: int, device: Device, LC: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -93,16 +94,12 @@ class TritonBackend:
         extra = (o, saved[2], saved[1]) if self.normalized else ()
         plan = self.schedule(prepared, sizes)
         with torch.cuda.device_of(o):
-            found, sums, *d_initial = self.module.bwd(
+            found, *d_initial = self.module.bwd(
                 *prepared, *constants, do, saved[0], *extra, *end, cu_seqlens, scale, plan, needs, initial=need_initial
             )
         grads = tuple(
-            None if d is None else self._reduced(d, x, one.axes, sizes, cu_seqlens, plan.bwd_L)
-            for d, x, one in zip(found, inputs, self.plan.inputs, strict=True)
-        )
-        grads = tuple(
-            d if e is None else d + self._reduced(e, x, one.axes, sizes, cu_seqlens, plan.bwd_intra.BT)
-            for d, e, x, one in zip(grads, sums, inputs, self.plan.inputs, strict=True)
+            self._summed(parts, x, one.axes, sizes, cu_seqlens)
+            for parts, x, one in zip(found, inputs, self.plan.inputs, strict=True)
         )
         if not need_initial:
             return grads, ()
@@ -202,9 +199,15 @@ class TritonBackend:
         )
         return tuple(x.contiguous() for x in self._real(tuple(x.resolve_conj() for x in ends)))
 
+    def _summed(
+        self, parts: Sequence[tuple[Tensor | None, int]], x: Tensor, axes: str, sizes: Shape, cu_seqlens: Tensor | None
+    ) -> Tensor | None:
+        """The gradient of the input x, in its shape and dtype, from what several kernels give to it."""
+        found = [self._reduced(d, x, axes, sizes, cu_seqlens, L) for d, L in parts if d is not None]
+        return functools.reduce(torch.add, found).to(x.dtype) if found else None
+
     def _reduced(self, d: Tensor, x: Tensor, axes: str, sizes: Shape, cu_seqlens: Tensor | None, L: int) -> Tensor:
-        """A kernel's gradient [parts?, B, T, H, C?] or [parts?, pieces, H, C?] summed into the shape and dtype of the
-        input x."""
+        """A kernel's gradient [parts?, B, T, H, C?] or [parts?, pieces, H, C?] summed into the shape of the input x."""
         full = 2 + ("t" in axes) + ("k" in axes or "v" in axes)
         if d.dim() > full:
             # one part for each block of V
@@ -217,7 +220,7 @@ class TritonBackend:
         groups = x.shape[axes.index("h")] if "h" in axes else 1
         if groups < sizes.H:
             d = d.unflatten(at, (groups, -1)).sum(at + 1)
-        return d.reshape(x.shape).to(x.dtype)
+        return d.reshape(x.shape)
 
     def _by_sequence(self, d: Tensor, sizes: Shape, cu_seqlens: Tensor | None, L: int) -> Tensor:
         """[pieces, ...] to [N, ...]: pieces of a sequence lie side by side; in packed batches pieces that no sequence

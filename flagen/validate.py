@@ -46,7 +46,8 @@ _KERNEL_NAMES = """
     o den do h h0 ht hc hs hp dh dh0 dht dhp z z0 zt zc zs zp dz dz0 dzt dzp gt at monomial bos eos tl torch
     triton self i s t like rows chunks make common needs initial final save gradient gradients sums fwd bwd scan
     sizes pieces monomials num_warps num_stages is_first is_last n_c n_p n_s n_t locate sum_steps sum_rows plus
-    select scatter tree_level tree_scores tree_apply tree_apply_complex device float64
+    select scatter tree_level tree_scores tree_apply tree_apply_complex device float64 qdq kdk hdh parts count
+    alone need_decay adjoints shape block
 """
 KERNEL_NAMES = frozenset(_KERNEL_NAMES.split())
 AXES_OF = {"query": "bthk", "key": "bthk", "value": "bthv", "phase": "bthk", "bonus": "bthk", "erase_a": "bthk",

@@ -153,6 +153,9 @@ def based_fwd_kernel(
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
         b_z = tl.load(z0 + i_s * F + o_f, mask=m_f, other=0.0)
 
+    # [BT, BT]
+    b_D = tl.where(o_i[:, None] >= o_i[None, :], 1.0, 0.0)
+
 
     for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
         i_t = i_c * BT
@@ -186,12 +189,6 @@ def based_fwd_kernel(
         b_value = b_v
 
 
-        # [BT, BF]
-        b_k1 = select(b_key, b_first, K, BK, DOT, PRECISION)
-        b_k2 = select(b_key, b_second, K, BK, DOT, PRECISION)
-        b_fk = tl.where(m_t[:, None], b_k1 * b_k2, 0.0)
-        b_kd = b_fk
-        b_vd = b_value
         if o is not None:
             b_query = b_q
 
@@ -201,9 +198,8 @@ def based_fwd_kernel(
             b_fq = tl.where(m_t[:, None], b_q1 * b_q2 * b_weight[None, :], 0.0)
             b_qd = b_fq
             # [BT, BT]
-            m_pair = (o_i[:, None] >= o_i[None, :]) & m_t[None, :]
             b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION) * scale
-            b_A = tl.where(m_pair, 1.0 + b_s * (1.0 + 0.5 * b_s), 0.0)
+            b_A = tl.where(m_t[None, :], (1.0 + b_s * (1.0 + 0.5 * b_s)) * b_D, 0.0)
             # [BT, BV]
             b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
             # [BT]
@@ -215,6 +211,12 @@ def based_fwd_kernel(
             b_o = b_o / (b_n + 1e-06)[:, None]
             p_o = o + (o_row[:, None] * V + o_v[None, :])
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
+        # [BT, BF]
+        b_k1 = select(b_key, b_first, K, BK, DOT, PRECISION)
+        b_k2 = select(b_key, b_second, K, BK, DOT, PRECISION)
+        b_fk = tl.where(m_t[:, None], b_k1 * b_k2, 0.0)
+        b_kd = b_fk
+        b_vd = b_value
         b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
         b_z = b_z + tl.sum(b_kd.to(tl.float32), 0)
 
@@ -533,6 +535,9 @@ def based_bwd_kernel(
             if i_v > 0:
                 b_dz = tl.zeros([BF], dtype=tl.float32)
 
+    # [BT, BT]
+    b_D = tl.where(o_i[:, None] >= o_i[None, :], 1.0, 0.0)
+
 
     NS: tl.constexpr = LC // BT
     n_s = tl.where(i_end > i_start, (i_end - 1) // LC - i_start // LC + 1, 0)
@@ -646,11 +651,9 @@ def based_bwd_kernel(
             # [BT, BT]
             b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
             b_dA += b_dn[:, None]
-            m_pair = (o_i[:, None] >= o_i[None, :]) & m_t[None, :]
             b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION) * scale
-            b_A = tl.where(m_pair, 1.0 + b_s * (1.0 + 0.5 * b_s), 0.0)
-            b_dA = tl.where(m_pair, b_dA * (1.0 + b_s), 0.0)
-            b_dA = (b_dA * scale).to(DOT)
+            b_A = tl.where(m_t[None, :], (1.0 + b_s * (1.0 + 0.5 * b_s)) * b_D, 0.0)
+            b_dA = (b_dA * b_D * (1.0 + b_s) * scale).to(DOT)
 
             if NEED_QUERY:
                 b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
@@ -962,11 +965,60 @@ def scan(h, h0, z, z0, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
+def adjoints(q, do, o, den, dht, dzt, cu_seqlens, scale, s, shape):
+    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens; of the sums [parts, rows, H, F]."""
+    N, T, H, K, V, F = shape
+    t = s.bwd
+    NP, rows = pieces(cu_seqlens, N, T, s.bwd_L)
+    NV = triton.cdiv(V, t.BV)
+    dhp = state(rows, H, F, V, do)
+    dzp = torch.empty(NV, rows, H, F, dtype=torch.float32, device=do.device)
+    based_bwd_state_kernel[(rows * H * NV,)](
+        q,
+        do=do,
+        o=o,
+        den=den,
+        dz=dzp,
+        dz_sp=dzp[0].numel(),
+        monomial=monomials(K, do.device),
+        dh=dhp,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        q_sb=q.stride(0),
+        q_st=q.stride(1),
+        q_sh=q.stride(2),
+        do_sb=do.stride(0),
+        do_st=do.stride(1),
+        do_sh=do.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        L=s.bwd_L,
+        NP=NP,
+        G_q=H // q.shape[2],
+        K=K,
+        V=V,
+        F=F,
+        BT=t.BT,
+        BK=s.BK,
+        BV=t.BV,
+        BF=s.BF,
+        PARTS=s.PARTS,
+        DOT=s.DOT,
+        PRECISION=s.PRECISION,
+        SUM_PRECISION=s.SUM_PRECISION,
+        num_warps=t.num_warps,
+        num_stages=t.num_stages,
+    )
+    scan(dhp, dht, dzp, dzt, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
+    return dhp, dzp
+
 def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
-    Gradients come as the kernels make them: [B, T, H, C] for inputs with a time axis, [pieces, H, C] sums without one, in fp32 and
-    with a first axis of parts to add where blocks of V each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
+    Gradients come as the kernels make them, for each input the summands and how many tokens a row of one sums (0: all of a sequence's):
+    [B, T, H, C] for inputs with a time axis, [rows, H, C] without one, in fp32 and with a first axis of parts to add where programs with
+    a block of the channels each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
     """
     B, T, H, K, V, F, N = sizes(q, k, v, cu_seqlens)
     like = v
@@ -1025,23 +1077,7 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         monomial=monomials(K, like.device),
     )
     if s.bwd_L:
-        dhp = state(rows, H, F, V, like)
-        dzp = torch.empty(NV, rows, H, F, dtype=torch.float32, device=like.device)
-        based_bwd_state_kernel[(rows * H * NV,)](
-            q,
-            do=do,
-            o=o,
-            den=den,
-            dz=dzp,
-            dz_sp=dzp[0].numel(),
-            dh=dhp,
-            q_sb=q.stride(0),
-            q_st=q.stride(1),
-            q_sh=q.stride(2),
-            G_q=H // q.shape[2],
-            **common,
-        )
-        scan(dhp, dht, dzp, dzt, cu_seqlens, N, T, L, NP, K, V, F, True)
+        dhp, dzp = adjoints(q, do, o, den, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
     based_bwd_kernel[(rows * H * NV,)](
         q, k, v,
         do=do,
@@ -1088,10 +1124,12 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         G_v=H // v.shape[2],
         **common,
     )
-    gradients = [dq, dk, dv]
-    sums = [None] * len(gradients)
-    return gradients, sums, dh0, None if dz0 is None else dz0.sum(0)
-
+    gradients = (
+        ((dq, s.bwd_L),),
+        ((dk, s.bwd_L),),
+        ((dv, s.bwd_L),),
+    )
+    return gradients, dh0, None if dz0 is None else dz0.sum(0)
 
 def step(q, k, v, h, z, scale, s):
     """One token: the output [B, 1, H, V]; the state is updated in place. Inputs have T = 1."""

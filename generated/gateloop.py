@@ -285,6 +285,7 @@ def gateloop_fwd_kernel(
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
         b_hi = tl.load(p_h0 + 1, mask=m_fv, other=0.0).to(tl.float32)
 
+
     b_gt = tl.zeros([BK], dtype=tl.float32)
     b_at = tl.zeros([BK], dtype=tl.float32)
 
@@ -337,9 +338,6 @@ def gateloop_fwd_kernel(
         b_angle = tl.sum(b_turn, 0)
         b_cn = tl.cos(b_angle)
         b_sn = tl.sin(b_angle)
-        b_fk = b_key
-        b_kd = b_fk * b_ek
-        b_vd = b_value
         if o is not None:
             b_query = b_q
             b_eq = tl.exp(sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION))
@@ -366,6 +364,9 @@ def gateloop_fwd_kernel(
             b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
             p_o = o + (o_row[:, None] * V + o_v[None, :])
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
+        b_fk = b_key
+        b_kd = b_fk * b_ek
+        b_vd = b_value
         b_hr = b_cn[:, None] * b_h - b_sn[:, None] * b_hi
         b_hi = b_sn[:, None] * b_h + b_cn[:, None] * b_hi
         b_hr = b_hr * b_en[:, None]
@@ -1224,11 +1225,66 @@ def scan(h, h0, gt, at, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
+def adjoints(q, g, theta, do, dht, cu_seqlens, scale, s, shape):
+    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens."""
+    N, T, H, K, V, F = shape
+    t = s.bwd
+    NP, rows = pieces(cu_seqlens, N, T, s.bwd_L)
+    NV = triton.cdiv(V, t.BV)
+    dhp = state(rows, H, F, V, do)
+    gt = torch.empty(rows, H, K, dtype=torch.float32, device=do.device)
+    at = torch.empty(rows, H, K, dtype=torch.float32, device=do.device)
+    gateloop_bwd_state_kernel[(rows * H * NV,)](
+        q, g, theta,
+        do=do,
+        dh=dhp,
+        gt=gt,
+        at=at,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        q_sb=q.stride(0),
+        q_st=q.stride(1),
+        q_sh=q.stride(2),
+        g_sb=g.stride(0),
+        g_st=g.stride(1),
+        g_sh=g.stride(2),
+        theta_sb=theta.stride(0),
+        theta_st=theta.stride(1),
+        theta_sh=theta.stride(2),
+        do_sb=do.stride(0),
+        do_st=do.stride(1),
+        do_sh=do.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        L=s.bwd_L,
+        NP=NP,
+        G_q=H // q.shape[2],
+        G_g=H // g.shape[2],
+        G_theta=H // theta.shape[2],
+        K=K,
+        V=V,
+        F=F,
+        BT=t.BT,
+        BK=s.BK,
+        BV=t.BV,
+        BF=s.BF,
+        PARTS=s.PARTS,
+        DOT=s.DOT,
+        PRECISION=s.PRECISION,
+        SUM_PRECISION=s.SUM_PRECISION,
+        num_warps=t.num_warps,
+        num_stages=t.num_stages,
+    )
+    scan(dhp, dht, gt, at, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
+    return dhp
+
 def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
-    Gradients come as the kernels make them: [B, T, H, C] for inputs with a time axis, [pieces, H, C] sums without one, in fp32 and
-    with a first axis of parts to add where blocks of V each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
+    Gradients come as the kernels make them, for each input the summands and how many tokens a row of one sums (0: all of a sequence's):
+    [B, T, H, C] for inputs with a time axis, [rows, H, C] without one, in fp32 and with a first axis of parts to add where programs with
+    a block of the channels each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
     """
     B, T, H, K, V, F, N = sizes(q, k, v, g, theta, cu_seqlens)
     like = v
@@ -1285,30 +1341,7 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
         num_stages=t.num_stages,
     )
     if s.bwd_L:
-        dhp = state(rows, H, F, V, like)
-        gt = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
-        at = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
-        gateloop_bwd_state_kernel[(rows * H * NV,)](
-            q, g, theta,
-            do=do,
-            dh=dhp,
-            gt=gt,
-            at=at,
-            q_sb=q.stride(0),
-            q_st=q.stride(1),
-            q_sh=q.stride(2),
-            g_sb=g.stride(0),
-            g_st=g.stride(1),
-            g_sh=g.stride(2),
-            theta_sb=theta.stride(0),
-            theta_st=theta.stride(1),
-            theta_sh=theta.stride(2),
-            G_q=H // q.shape[2],
-            G_g=H // g.shape[2],
-            G_theta=H // theta.shape[2],
-            **common,
-        )
-        scan(dhp, dht, gt, at, cu_seqlens, N, T, L, NP, K, V, F, True)
+        dhp = adjoints(q, g, theta, do, dht, cu_seqlens, scale, s, (N, T, H, K, V, F))
     gateloop_bwd_kernel[(rows * H * NV,)](
         q, k, v, g, theta,
         do=do,
@@ -1358,10 +1391,14 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
         G_theta=H // theta.shape[2],
         **common,
     )
-    gradients = [dq, dk, dv, dg, dtheta]
-    sums = [None] * len(gradients)
-    return gradients, sums, dh0
-
+    gradients = (
+        ((dq, s.bwd_L),),
+        ((dk, s.bwd_L),),
+        ((dv, s.bwd_L),),
+        ((dg, s.bwd_L),),
+        ((dtheta, s.bwd_L),),
+    )
+    return gradients, dh0
 
 def step(q, k, v, g, theta, h, scale, s):
     """One token: the output [B, 1, H, V]; the state is updated in place. Inputs have T = 1."""

@@ -1229,11 +1229,60 @@ def scan(h, h0, gt, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
+def adjoints(q, g, do, dht, cu_seqlens, scale, s, shape):
+    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens."""
+    N, T, H, K, V, F = shape
+    t = s.bwd
+    NP, rows = pieces(cu_seqlens, N, T, s.bwd_L)
+    NV = triton.cdiv(V, t.BV)
+    dhp = state(rows, H, F, V, do)
+    gt = torch.empty(rows, H, K, dtype=torch.float32, device=do.device)
+    gla_bwd_state_kernel[(rows * H * NV,)](
+        q, g,
+        do=do,
+        dh=dhp,
+        gt=gt,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        q_sb=q.stride(0),
+        q_st=q.stride(1),
+        q_sh=q.stride(2),
+        g_sb=g.stride(0),
+        g_st=g.stride(1),
+        g_sh=g.stride(2),
+        do_sb=do.stride(0),
+        do_st=do.stride(1),
+        do_sh=do.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        L=s.bwd_L,
+        NP=NP,
+        G_q=H // q.shape[2],
+        G_g=H // g.shape[2],
+        K=K,
+        V=V,
+        F=F,
+        BT=t.BT,
+        BK=s.BK,
+        BV=t.BV,
+        BF=s.BF,
+        PARTS=s.PARTS,
+        DOT=s.DOT,
+        PRECISION=s.PRECISION,
+        SUM_PRECISION=s.SUM_PRECISION,
+        num_warps=t.num_warps,
+        num_stages=t.num_stages,
+    )
+    scan(dhp, dht, gt, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
+    return dhp
+
 def bwd(q, k, v, g, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
-    Gradients come as the kernels make them: [B, T, H, C] for inputs with a time axis, [pieces, H, C] sums without one, in fp32 and
-    with a first axis of parts to add where blocks of V each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
+    Gradients come as the kernels make them, for each input the summands and how many tokens a row of one sums (0: all of a sequence's):
+    [B, T, H, C] for inputs with a time axis, [rows, H, C] without one, in fp32 and with a first axis of parts to add where programs with
+    a block of the channels each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
     """
     B, T, H, K, V, F, N = sizes(q, k, v, g, cu_seqlens)
     like = v
@@ -1289,24 +1338,7 @@ def bwd(q, k, v, g, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         num_stages=t.num_stages,
     )
     if s.bwd_L:
-        dhp = state(rows, H, F, V, like)
-        gt = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
-        gla_bwd_state_kernel[(rows * H * NV,)](
-            q, g,
-            do=do,
-            dh=dhp,
-            gt=gt,
-            q_sb=q.stride(0),
-            q_st=q.stride(1),
-            q_sh=q.stride(2),
-            g_sb=g.stride(0),
-            g_st=g.stride(1),
-            g_sh=g.stride(2),
-            G_q=H // q.shape[2],
-            G_g=H // g.shape[2],
-            **common,
-        )
-        scan(dhp, dht, gt, cu_seqlens, N, T, L, NP, K, V, F, True)
+        dhp = adjoints(q, g, do, dht, cu_seqlens, scale, s, (N, T, H, K, V, F))
     t = s.bwd_intra
     NI, chunks = pieces(cu_seqlens, N, T, t.BT)
     gla_bwd_intra_kernel[(chunks * H,)](
@@ -1400,11 +1432,13 @@ def bwd(q, k, v, g, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         G_g=H // g.shape[2],
         **common,
     )
-    gradients = [dq, dk, dv, dg]
-    # sums over chunks [chunks, H, C], to be added to those over pieces
-    sums = [None, None, None, None]
-    return gradients, sums, dh0
-
+    gradients = (
+        ((dq, s.bwd_L),),
+        ((dk, s.bwd_L),),
+        ((dv, s.bwd_L),),
+        ((dg, s.bwd_L),),
+    )
+    return gradients, dh0
 
 def step(q, k, v, g, h, scale, s):
     """One token: the output [B, 1, H, V]; the state is updated in place. Inputs have T = 1."""

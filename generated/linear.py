@@ -131,6 +131,9 @@ def linear_fwd_kernel(
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
         b_z = tl.load(z0 + i_s * F + o_f, mask=m_f, other=0.0)
 
+    # [BT, BT]
+    b_D = tl.where(o_i[:, None] >= o_i[None, :], scale, 0.0)
+
 
     for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
         i_t = i_c * BT
@@ -165,9 +168,6 @@ def linear_fwd_kernel(
         b_value = b_v
 
 
-        b_fk = b_key
-        b_kd = b_fk
-        b_vd = b_value
         if o is not None:
             # [BT, BK]
             b_query = tl.where(m_tk, tl.where(b_q > 0.0, b_q, tl.exp(tl.minimum(b_q, 0.0)) - 1.0) + 1.0, 0.0)
@@ -175,9 +175,8 @@ def linear_fwd_kernel(
             b_fq = b_query
             b_qd = b_fq
             # [BT, BT]
-            m_pair = (o_i[:, None] >= o_i[None, :]) & m_t[None, :]
-            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION) * scale
-            b_A = tl.where(m_pair, b_s, 0.0)
+            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+            b_A = b_s * b_D
             # [BT, BV]
             b_er = scale
             b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
@@ -191,6 +190,9 @@ def linear_fwd_kernel(
             b_o = b_o / (b_n + 1e-06)[:, None]
             p_o = o + (o_row[:, None] * V + o_v[None, :])
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
+        b_fk = b_key
+        b_kd = b_fk
+        b_vd = b_value
         b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
         b_z = b_z + tl.sum(b_kd.to(tl.float32), 0)
 
@@ -381,12 +383,14 @@ def linear_bwd_state_kernel(
     tl.store(dz + ((i_v * dz_sp) // F + i_ph) * F + o_f, b_dz, mask=m_f)
 
 
-# All gradients, in one sweep backward in time. A program owns a piece, a head and a block of V; it carries the adjoint of the
-# state in registers. At each checkpoint, every LC tokens, it first runs the state forward through the chunks up to the next
-# one and keeps their first states in hs, then takes the chunks in reverse. dhp: adjoints at the ends of the pieces.
-# Gradients are contiguous and fp32 where blocks of V or programs hold parts of them; <x>_sp is the stride between those parts.
+# The three sweeps of a backward without a decay per channel: each is the forward's pass with other roles, so that its programs hold
+# half a state, and recompute the pairs inside a chunk. Gradients are contiguous, and fp32 where blocks or programs hold parts of
+# them; <x>_sp is the stride between those parts.
+#
+# Of what queries use, forward in time: a program owns a piece, a head and a block of K, and carries those rows of the state from the
+# checkpoint hc at its start.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
-def linear_bwd_kernel(
+def linear_dq_kernel(
     q,
     k,
     v,
@@ -394,20 +398,9 @@ def linear_bwd_kernel(
     o,
     den,
     zc,
-    zs,
-    dzt,
-    dz0,
-    dzp,
-    dz0_sp,
-    dzp_sp,
     hc,
-    hs,
-    dht,
-    dh0,
-    dhp,
     dq,
-    dk,
-    dv,
+    dq_sp,
     cu_seqlens,
     scale,
     q_sb,
@@ -422,9 +415,6 @@ def linear_bwd_kernel(
     do_sb,
     do_st,
     do_sh,
-    dq_sp,
-    dk_sp,
-    dv_sp,
     N,
     T,
     H,
@@ -442,16 +432,316 @@ def linear_bwd_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BF: tl.constexpr,
-    LEVELS: tl.constexpr,
     PARTS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM_PRECISION: tl.constexpr,
-    NEED_QUERY: tl.constexpr,
-    NEED_KEY: tl.constexpr,
-    NEED_VALUE: tl.constexpr,
     NEED_DECAY: tl.constexpr,
-    NEED_PHASE: tl.constexpr,
+    NEED_BONUS: tl.constexpr,
+):
+    NK: tl.constexpr = (K + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    i_h = (tl.program_id(0) // NK % H).to(tl.int64)
+    i_p = tl.program_id(0) // NK // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
+
+    o_i = tl.arange(0, BT)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    o_f = o_k
+    m_f = m_k
+    m_fv = m_f[:, None] & m_v[None, :]
+
+    i_t = i_start.to(tl.int64)
+    i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+    p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+    b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
+    b_z = tl.load(zc + i_s * F + o_f, mask=m_f, other=0.0)
+
+    # [BT, BT]
+    b_D = tl.where(o_i[:, None] >= o_i[None, :], scale, 0.0)
+
+
+    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BV]
+        p_x = v + o_t[:, None] * v_st + o_v[None, :]
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
+        # [BT, BK]
+        # [BT, BK]
+        b_key = tl.where(m_tk, tl.where(b_k > 0.0, b_k, tl.exp(tl.minimum(b_k, 0.0)) - 1.0) + 1.0, 0.0)
+        b_value = b_v
+
+
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        p_o = o + (o_row[:, None] * V + o_v[None, :])
+        b_o = tl.load(p_o, mask=m_tv, other=0.0).to(tl.float32)
+        # [BT]
+        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
+        b_do = tl.where(m_tv, b_do.to(tl.float32) / (b_n + 1e-06)[:, None], 0.0)
+        b_dn = -tl.sum(b_do * b_o, 1) * (1.0)
+        b_er = scale
+        # [BT, BT]
+        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+        b_dA += b_dn[:, None]
+
+        b_dA = (b_dA * b_D).to(DOT)
+        # [BT, BK]
+        b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
+        b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
+        b_dfq += b_dn[:, None] * b_z[None, :]
+        b_dquery = plus(b_dquery, b_dfq * b_er)
+        if dq is not None:
+            b_dq_ = b_dquery * (tl.exp(tl.minimum(b_q, 0.0)))
+            p_d = dq + (o_row[:, None] * K + o_k[None, :])
+            tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+        # the decay stands on the side of which a program has a block
+        b_kd = b_key
+        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
+        b_z = b_z + tl.sum(b_kd.to(tl.float32), 0)
+
+
+# Of what keys use, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
+# dhp: adjoints at the ends of the pieces.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def linear_dk_kernel(
+    q,
+    k,
+    v,
+    do,
+    o,
+    den,
+    zc,
+    dzt,
+    dzp,
+    dz0,
+    hc,
+    dht,
+    dhp,
+    dh0,
+    dk,
+    dk_sp,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
+    v_sb,
+    v_st,
+    v_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
+    G_v: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+    NEED_DECAY: tl.constexpr,
+    NEED_BONUS: tl.constexpr,
+):
+    NK: tl.constexpr = (K + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    i_h = (tl.program_id(0) // NK % H).to(tl.int64)
+    i_p = tl.program_id(0) // NK // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    i_ph = i_p.to(tl.int64) * H + i_h
+    i_nh = i_n * H + i_h
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
+
+    o_i = tl.arange(0, BT)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    o_f = o_k
+    m_f = m_k
+    m_fv = m_f[:, None] & m_v[None, :]
+
+    # [BF, BV]
+    b_dh = tl.zeros([BF, BV], dtype=tl.float32)
+    b_dz = tl.zeros([BF], dtype=tl.float32)
+    if dhp is not None:
+        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
+        b_dz = tl.load(dzp + i_ph * F + o_f, mask=m_f, other=0.0)
+    else:
+        if dht is not None:
+            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
+            b_dz = tl.load(dzt + i_nh * F + o_f, mask=m_f, other=0.0)
+
+    # [BT, BT]
+    b_D = tl.where(o_i[:, None] >= o_i[None, :], scale, 0.0)
+
+
+    n_c = tl.cdiv(i_end, BT) - i_start // BT
+    for i in range(n_c):
+        i_c = tl.cdiv(i_end, BT) - 1 - i
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BV]
+        p_x = v + o_t[:, None] * v_st + o_v[None, :]
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
+        # [BT, BK]
+        b_query = tl.where(m_tk, tl.where(b_q > 0.0, b_q, tl.exp(tl.minimum(b_q, 0.0)) - 1.0) + 1.0, 0.0)
+        # [BT, BK]
+        b_value = b_v
+
+
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        p_o = o + (o_row[:, None] * V + o_v[None, :])
+        b_o = tl.load(p_o, mask=m_tv, other=0.0).to(tl.float32)
+        # [BT]
+        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
+        b_do = tl.where(m_tv, b_do.to(tl.float32) / (b_n + 1e-06)[:, None], 0.0)
+        b_dn = -tl.sum(b_do * b_o, 1) * (1.0)
+        b_er = scale
+        # [BT, BT]
+        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+        b_dA += b_dn[:, None]
+
+        b_dA = (b_dA * b_D).to(DOT)
+        # [BT, BK]
+        b_dkey = tl.dot(tl.trans(b_dA), b_query.to(DOT), input_precision=PRECISION)
+        b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
+        b_dfk += b_dz[None, :]
+        b_dkey = plus(b_dkey, b_dfk)
+        if dk is not None:
+            b_dk_ = b_dkey * (tl.exp(tl.minimum(b_k, 0.0)))
+            p_d = dk + (o_row[:, None] * K + o_k[None, :])
+            tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
+        b_qd = b_query * b_er
+        b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_do.to(DOT), b_dh, input_precision=PRECISION)
+        b_dz = b_dz + tl.sum(b_qd * b_dn[:, None], 0)
+
+
+    if dh0 is not None:
+        if is_first:
+            p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
+            tl.store(dz0 + i_nh * F + o_f, b_dz, mask=m_f)
+
+
+# Of what values use, backward in time: a program owns a piece, a head and a block of V, and carries those columns of the adjoint.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def linear_dv_kernel(
+    q,
+    k,
+    v,
+    do,
+    den,
+    dht,
+    dhp,
+    dv,
+    dv_sp,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
+    v_sb,
+    v_st,
+    v_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
+    G_v: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+    NEED_DECAY: tl.constexpr,
     NEED_BONUS: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -482,174 +772,65 @@ def linear_bwd_kernel(
 
     # [BF, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
-    b_dz = tl.zeros([BF], dtype=tl.float32)
     if dhp is not None:
         p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
         b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
-        b_dz = tl.load(dzp + ((i_v * dzp_sp) // F + i_ph) * F + o_f, mask=m_f, other=0.0)
     else:
         if dht is not None:
             p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
-            b_dz = tl.load(dzt + i_nh * F + o_f, mask=m_f, other=0.0)
-            if i_v > 0:
-                b_dz = tl.zeros([BF], dtype=tl.float32)
+
+    # [BT, BT]
+    b_D = tl.where(o_i[:, None] >= o_i[None, :], scale, 0.0)
 
 
-    NS: tl.constexpr = LC // BT
-    n_s = tl.where(i_end > i_start, (i_end - 1) // LC - i_start // LC + 1, 0)
-    for i_j in range(n_s):
-        i_s = (i_end - 1) // LC - i_j
-        # the chunks [i_c0, i_c1) of this checkpoint
-        i_c0 = tl.maximum(i_start, i_s * LC) // BT
-        i_c1 = tl.cdiv(tl.minimum(i_end, i_s * LC + LC), BT)
-        i_hc = (i_s + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-        i_hs = i_ph * NS - i_s * NS
-        if NS > 1:
-            p_hc = hc + i_hc * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
-            b_z = tl.load(zc + i_hc * F + o_f, mask=m_f, other=0.0)
-            for i_c in range(i_c0, i_c1 - 1):
-                p_hs = hs + (i_hs + i_c) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_hs, b_h.to(hs.dtype.element_ty), mask=m_fv)
-                tl.store(zs + ((i_hs + i_c) * NV + i_v) * F + o_f, b_z, mask=m_f)
-                i_t = i_c * BT
-                i_lo = tl.maximum(i_start - i_t, 0)
-                n_t = tl.minimum(i_end - i_t, BT) - i_lo
-                m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-                i_t = i_t.to(tl.int64)
-                # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-                o_t = i_t + o_i
-                o_row = (i_b * T + o_t) * H + i_h
-                m_tk = m_t[:, None] & m_k[None, :]
-                m_tv = m_t[:, None] & m_v[None, :]
-                # [BT, BK]
-                p_x = k + o_t[:, None] * k_st + o_k[None, :]
-                b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-                # [BT, BV]
-                p_x = v + o_t[:, None] * v_st + o_v[None, :]
-                b_v = tl.load(p_x, mask=m_tv, other=0.0)
-                # [BT, BK]
-                b_key = tl.where(m_tk, tl.where(b_k > 0.0, b_k, tl.exp(tl.minimum(b_k, 0.0)) - 1.0) + 1.0, 0.0)
-                b_value = b_v
+    n_c = tl.cdiv(i_end, BT) - i_start // BT
+    for i in range(n_c):
+        i_c = tl.cdiv(i_end, BT) - 1 - i
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BV]
+        p_x = v + o_t[:, None] * v_st + o_v[None, :]
+        # [BT, BK]
+        b_query = tl.where(m_tk, tl.where(b_q > 0.0, b_q, tl.exp(tl.minimum(b_q, 0.0)) - 1.0) + 1.0, 0.0)
+        # [BT, BK]
+        b_key = tl.where(m_tk, tl.where(b_k > 0.0, b_k, tl.exp(tl.minimum(b_k, 0.0)) - 1.0) + 1.0, 0.0)
 
 
-                b_fk = b_key
-                b_kd = b_fk
-                b_vd = b_value
-                b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
-                b_z = b_z + tl.sum(b_kd.to(tl.float32), 0)
-            p_hs = hs + (i_hs + i_c1 - 1) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            tl.store(p_hs, b_h.to(hs.dtype.element_ty), mask=m_fv)
-            tl.store(zs + ((i_hs + i_c1 - 1) * NV + i_v) * F + o_f, b_z, mask=m_f)
-            # other threads of this program read what these wrote
-            tl.debug_barrier()
-
-        for i in range(i_c1 - i_c0):
-            i_c = i_c1 - 1 - i
-            i_t = i_c * BT
-            i_lo = tl.maximum(i_start - i_t, 0)
-            n_t = tl.minimum(i_end - i_t, BT) - i_lo
-            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-            i_t = i_t.to(tl.int64)
-            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-            o_t = i_t + o_i
-            o_row = (i_b * T + o_t) * H + i_h
-            m_tk = m_t[:, None] & m_k[None, :]
-            m_tv = m_t[:, None] & m_v[None, :]
-            if NS > 1:
-                p_hs = hs + (i_hs + i_c) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_sh = tl.load(p_hs, mask=m_fv, other=0.0)
-                b_sz = tl.load(zs + ((i_hs + i_c) * NV + i_v) * F + o_f, mask=m_f, other=0.0)
-            else:
-                p_hc = hc + i_hc * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_sh = tl.load(p_hc, mask=m_fv, other=0.0)
-                b_sz = tl.load(zc + i_hc * F + o_f, mask=m_f, other=0.0)
-            # [BT, BK]
-            p_x = q + o_t[:, None] * q_st + o_k[None, :]
-            b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-            # [BT, BK]
-            p_x = k + o_t[:, None] * k_st + o_k[None, :]
-            b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-            # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0)
-            # [BT, BK]
-            b_key = tl.where(m_tk, tl.where(b_k > 0.0, b_k, tl.exp(tl.minimum(b_k, 0.0)) - 1.0) + 1.0, 0.0)
-            b_value = b_v
-            # [BT, BK]
-            b_query = tl.where(m_tk, tl.where(b_q > 0.0, b_q, tl.exp(tl.minimum(b_q, 0.0)) - 1.0) + 1.0, 0.0)
-
-
-            b_fk = b_key
-            b_kd = b_fk
-            b_vd = b_value
-            b_fq = b_query
-            b_qd = b_fq
-            # [BT, BV]
-            p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-            b_do = tl.load(p_do, mask=m_tv, other=0.0)
-            p_o = o + (o_row[:, None] * V + o_v[None, :])
-            b_o = tl.load(p_o, mask=m_tv, other=0.0).to(tl.float32)
-            # [BT]
-            b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-            b_do = tl.where(m_tv, b_do.to(tl.float32) / (b_n + 1e-06)[:, None], 0.0)
-            b_dn = -tl.sum(b_do * b_o, 1) * (1.0)
-            b_er = scale
-            b_dod = b_do * b_er
-            b_dnd = b_dn[:, None] * b_er
-
-            # [BT, BT]
-            b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-            b_dA += b_dn[:, None]
-            m_pair = (o_i[:, None] >= o_i[None, :]) & m_t[None, :]
-            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION) * scale
-            b_A = tl.where(m_pair, b_s, 0.0)
-            b_dA = tl.where(m_pair, b_dA, 0.0)
-            b_dA = (b_dA * scale).to(DOT)
-
-            if NEED_QUERY:
-                b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
-                # [BT, BF]
-                b_dfq = tl.dot(b_dod.to(DOT), tl.trans(b_sh.to(DOT)), input_precision=PRECISION)
-                b_dfq += b_dnd * b_sz[None, :]
-                b_dquery = plus(b_dquery, b_dfq)
-            if dq is not None:
-                b_dq_ = b_dquery * (tl.exp(tl.minimum(b_q, 0.0)))
-                p_d = dq + i_v.to(tl.int64) * dq_sp + (o_row[:, None] * K + o_k[None, :])
-                tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
-
-            if NEED_KEY:
-                b_dkey = tl.dot(tl.trans(b_dA), b_query.to(DOT), input_precision=PRECISION)
-                # [BT, BF]
-                b_dfk = tl.dot(b_vd.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
-                b_dfk += b_dz[None, :]
-                b_dkey = plus(b_dkey, b_dfk)
-            if dk is not None:
-                b_dk_ = b_dkey * (tl.exp(tl.minimum(b_k, 0.0)))
-                p_d = dk + i_v.to(tl.int64) * dk_sp + (o_row[:, None] * K + o_k[None, :])
-                tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-
-            if NEED_VALUE:
-                # [BT, BV]
-                b_dvi = tl.dot(b_kd.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-                b_dvalue = tl.dot(tl.trans(b_A.to(DOT)), b_do.to(DOT), input_precision=PRECISION)
-                b_dvalue = plus(b_dvalue, b_dvi)
-            if dv is not None:
-                b_dv_ = b_dvalue
-                p_d = dv + (o_row[:, None] * V + o_v[None, :])
-                tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
-
-
-            b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
-            b_dz = b_dz + tl.sum(b_qd.to(tl.float32) * b_dnd, 0)
-
-
-    if dh0 is not None:
-        if is_first:
-            p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
-            tl.store(dz0 + ((i_v * dz0_sp) // F + i_nh) * F + o_f, b_dz, mask=m_f)
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        # [BT]
+        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
+        b_do = tl.where(m_tv, b_do.to(tl.float32) / (b_n + 1e-06)[:, None], 0.0)
+        b_er = scale
+        b_dod = b_do * b_er
+        # [BT, BT]
+        b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+        b_A = b_s * b_D
+        # [BT, BV]
+        b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
+        b_dvalue = tl.dot(tl.trans(b_A.to(DOT)), b_do.to(DOT), input_precision=PRECISION)
+        b_dvalue = plus(b_dvalue, b_dvi)
+        if dv is not None:
+            b_dv_ = b_dvalue
+            p_d = dv + (o_row[:, None] * V + o_v[None, :])
+            tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
+        b_dh = tl.dot(tl.trans(b_query.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
 
 
 # One token: reads the state, writes it back in place. A program owns a sequence, a head and NB blocks of V.
@@ -895,53 +1076,36 @@ def scan(h, h0, z, z0, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, initial=False):
-    """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
-
-    Gradients come as the kernels make them: [B, T, H, C] for inputs with a time axis, [pieces, H, C] sums without one, in fp32 and
-    with a first axis of parts to add where blocks of V each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
-    """
-    B, T, H, K, V, F, N = sizes(q, k, v, cu_seqlens)
-    like = v
-    NC = -(-T // s.LC)
+def adjoints(q, do, o, den, dht, dzt, cu_seqlens, scale, s, shape):
+    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens; of the sums [parts, rows, H, F]."""
+    N, T, H, K, V, F = shape
     t = s.bwd
-    L = s.bwd_L or T
-    NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
+    NP, rows = pieces(cu_seqlens, N, T, s.bwd_L)
     NV = triton.cdiv(V, t.BV)
-    make = torch.empty if cu_seqlens is None else torch.zeros
-
-    def gradient(x, axes, need):
-        if not need:
-            return None, 0
-        channels = (K,) if "k" in axes else (V,) if "v" in axes else ()
-        shape = (B, T, H, *channels) if "t" in axes else (rows, H, *channels)
-        parts = NV if "v" not in axes else 1
-        if parts == 1 and "t" in axes:
-            whole = x.shape == torch.Size(shape[:4])
-            return make(shape, dtype=x.dtype if whole else torch.float32, device=x.device), 0
-        out = make(parts, *shape, dtype=torch.float32, device=x.device)
-        return out, out[0].numel()
-
-    dq, dq_sp = gradient(q, "bthk", needs[0])
-    dk, dk_sp = gradient(k, "bthk", needs[1])
-    dv, dv_sp = gradient(v, "bthv", needs[2])
-    dh0 = state(N, H, F, V, like) if initial else None
-    dz0 = torch.empty(NV, N, H, F, dtype=torch.float32, device=like.device) if initial else None
-    zs = torch.empty(rows * H * (s.LC // t.BT) * NV, F, dtype=torch.float32, device=like.device) if s.LC > t.BT else None
-    dzp = None
-    hs = state(rows * (s.LC // t.BT), H, F, V, like, s.checkpoint) if s.LC > t.BT else None
-    dhp = None
-    common = dict(
+    dhp = state(rows, H, F, V, do)
+    dzp = torch.empty(NV, rows, H, F, dtype=torch.float32, device=do.device)
+    linear_bwd_state_kernel[(rows * H * NV,)](
+        q,
+        do=do,
+        o=o,
+        den=den,
+        dz=dzp,
+        dz_sp=dzp[0].numel(),
+        dh=dhp,
         cu_seqlens=cu_seqlens,
         scale=scale,
+        q_sb=q.stride(0),
+        q_st=q.stride(1),
+        q_sh=q.stride(2),
         do_sb=do.stride(0),
         do_st=do.stride(1),
         do_sh=do.stride(2),
         N=N,
         T=T,
         H=H,
-        L=L,
+        L=s.bwd_L,
         NP=NP,
+        G_q=H // q.shape[2],
         K=K,
         V=V,
         F=F,
@@ -956,56 +1120,37 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         num_warps=t.num_warps,
         num_stages=t.num_stages,
     )
-    if s.bwd_L:
-        dhp = state(rows, H, F, V, like)
-        dzp = torch.empty(NV, rows, H, F, dtype=torch.float32, device=like.device)
-        linear_bwd_state_kernel[(rows * H * NV,)](
-            q,
-            do=do,
-            o=o,
-            den=den,
-            dz=dzp,
-            dz_sp=dzp[0].numel(),
-            dh=dhp,
-            q_sb=q.stride(0),
-            q_st=q.stride(1),
-            q_sh=q.stride(2),
-            G_q=H // q.shape[2],
-            **common,
-        )
-        scan(dhp, dht, dzp, dzt, cu_seqlens, N, T, L, NP, K, V, F, True)
-    linear_bwd_kernel[(rows * H * NV,)](
-        q, k, v,
-        do=do,
-        o=o,
-        den=den,
-        zc=zc,
-        zs=zs,
-        dzt=dzt,
-        dz0=dz0,
-        dzp=dzp,
-        dz0_sp=N * H * F,
-        dzp_sp=rows * H * F,
-        hc=hc,
-        hs=hs,
-        dht=dht,
-        dh0=dh0,
-        dhp=dhp,
-        dq=dq,
-        dq_sp=dq_sp,
-        dk=dk,
-        dk_sp=dk_sp,
-        dv=dv,
-        dv_sp=dv_sp,
-        NC=NC,
-        LC=s.LC,
-        LEVELS=t.BT.bit_length() - 1,
-        NEED_QUERY=any((needs[0],)),
-        NEED_KEY=any((needs[1],)),
-        NEED_VALUE=any((needs[2],)),
-        NEED_DECAY=False,
-        NEED_PHASE=False,
-        NEED_BONUS=False,
+    scan(dhp, dht, dzp, dzt, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
+    return dhp, dzp
+
+def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, initial=False):
+    """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
+
+    Gradients come as the kernels make them, for each input the summands and how many tokens a row of one sums (0: all of a sequence's):
+    [B, T, H, C] for inputs with a time axis, [rows, H, C] without one, in fp32 and with a first axis of parts to add where programs with
+    a block of the channels each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
+    """
+    B, T, H, K, V, F, N = sizes(q, k, v, cu_seqlens)
+    like = v
+    NK, NV = triton.cdiv(K, s.rows.BV), triton.cdiv(V, s.bwd.BV)
+    make = torch.empty if cu_seqlens is None else torch.zeros
+    need_decay = False
+
+    def gradient(x, axes, need, count, rows, alone):
+        """One kernel's gradient of x, in `count` parts, and the stride between them."""
+        if not need:
+            return None, 0
+        channels = (K,) if "k" in axes else (V,) if "v" in axes else ()
+        shape = (B, T, H, *channels) if "t" in axes else (rows, H, *channels)
+        if count == 1 and "t" in axes:
+            whole = alone and x.shape == torch.Size(shape[:4])
+            return make(shape, dtype=x.dtype if whole else torch.float32, device=x.device), 0
+        out = make(count, *shape, dtype=torch.float32, device=x.device)
+        return out, out[0].numel()
+
+    common = dict(
+        cu_seqlens=cu_seqlens,
+        scale=scale,
         q_sb=q.stride(0),
         q_st=q.stride(1),
         q_sh=q.stride(2),
@@ -1015,14 +1160,114 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         v_sb=v.stride(0),
         v_st=v.stride(1),
         v_sh=v.stride(2),
+        do_sb=do.stride(0),
+        do_st=do.stride(1),
+        do_sh=do.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        NC=-(-T // s.LC),
         G_q=H // q.shape[2],
         G_k=H // k.shape[2],
         G_v=H // v.shape[2],
-        **common,
+        K=K,
+        V=V,
+        F=F,
+        LC=s.LC,
+        PARTS=s.PARTS,
+        DOT=s.DOT,
+        PRECISION=s.PRECISION,
+        SUM_PRECISION=s.SUM_PRECISION,
+        NEED_DECAY=need_decay,
+        NEED_BONUS=False,
     )
-    gradients = [dq, dk, dv]
-    sums = [None] * len(gradients)
-    return gradients, sums, dh0, None if dz0 is None else dz0.sum(0)
+    parts = [[] for _ in needs]
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        linear_dq_kernel[(rows * H * NK,)](
+            q, k, v,
+            do=do,
+            o=o,
+            den=den,
+            zc=zc,
+            hc=hc,
+            dq=dq,
+            dq_sp=dq_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[0].append((dq, s.dq_L))
+    L = s.bwd_L or T
+    NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
+    dhp = dh0 = None
+    dzp = dz0 = None
+    if s.bwd_L:
+        dhp, dzp = adjoints(q, do, o, den, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
+        dzp = dzp.sum(0)
+    if any((needs[1],)) or need_decay or initial:
+        dh0 = state(N, H, F, V, like) if initial else None
+        dz0 = torch.empty(N, H, F, dtype=torch.float32, device=like.device) if initial else None
+        t = s.rows
+        dk, dk_sp = gradient(k, "bthk", needs[1], 1, rows, True)
+        linear_dk_kernel[(rows * H * NK,)](
+            q, k, v,
+            do=do,
+            o=o,
+            den=den,
+            zc=zc,
+            dzt=dzt,
+            dzp=dzp,
+            dz0=dz0,
+            hc=hc,
+            dht=dht,
+            dhp=dhp,
+            dh0=dh0,
+            dk=dk,
+            dk_sp=dk_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[1].append((dk, s.bwd_L))
+    if any((needs[2],)):
+        t = s.bwd
+        dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
+        linear_dv_kernel[(rows * H * NV,)](
+            q, k, v,
+            do=do,
+            den=den,
+            dht=dht,
+            dhp=dhp,
+            dv=dv,
+            dv_sp=dv_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=s.BK,
+            BV=t.BV,
+            BF=s.BK,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[2].append((dv, s.bwd_L))
+    return parts, dh0, dz0
 
 
 def step(q, k, v, h, z, scale, s):

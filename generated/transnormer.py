@@ -131,6 +131,9 @@ def transnormer_fwd_kernel(
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
     b_c0 = tl.load(c0)
     b_ld = tl.maximum(b_c0, DECAY_FLOOR)
+    # [BT, BT]
+    b_D = tl.exp(b_ld * tl.maximum(o_i[:, None] - o_i[None, :], 0)) * scale
+    b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
 
 
     for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
@@ -164,9 +167,6 @@ def transnormer_fwd_kernel(
 
         b_ek = tl.exp(b_ld * (n_t - tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)))
         b_en = tl.exp(b_ld * n_t)
-        b_fk = b_key
-        b_kd = b_fk
-        b_vd = b_value * b_ek[:, None]
         if o is not None:
             b_query = b_q
             o_n = tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)
@@ -174,10 +174,8 @@ def transnormer_fwd_kernel(
             b_fq = b_query
             b_qd = b_fq
             # [BT, BT]
-            m_pair = (o_i[:, None] >= o_i[None, :]) & m_t[None, :]
-            b_D = tl.exp(b_ld * tl.maximum(o_n[:, None] - o_n[None, :], 0))
-            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION) * scale
-            b_A = tl.where(m_pair, (b_s) * b_D, 0.0)
+            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+            b_A = b_s * b_D
             # [BT, BV]
             b_er = (b_eq * scale)[:, None]
             b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
@@ -185,6 +183,9 @@ def transnormer_fwd_kernel(
             b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
             p_o = o + (o_row[:, None] * V + o_v[None, :])
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
+        b_fk = b_key
+        b_kd = b_fk
+        b_vd = b_value * b_ek[:, None]
         b_h = b_h * b_en
         b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
 
@@ -352,25 +353,24 @@ def transnormer_bwd_state_kernel(
     tl.store(gt + i_ph, b_ld * tl.maximum(i_end - i_start, 0))
 
 
-# All gradients, in one sweep backward in time. A program owns a piece, a head and a block of V; it carries the adjoint of the
-# state in registers. At each checkpoint, every LC tokens, it first runs the state forward through the chunks up to the next
-# one and keeps their first states in hs, then takes the chunks in reverse. dhp: adjoints at the ends of the pieces.
-# Gradients are contiguous and fp32 where blocks of V or programs hold parts of them; <x>_sp is the stride between those parts.
+# The three sweeps of a backward without a decay per channel: each is the forward's pass with other roles, so that its programs hold
+# half a state, and recompute the pairs inside a chunk. Gradients are contiguous, and fp32 where blocks or programs hold parts of
+# them; <x>_sp is the stride between those parts.
+#
+# Of what queries use, forward in time: a program owns a piece, a head and a block of K, and carries those rows of the state from the
+# checkpoint hc at its start; qdq: q . dq [parts, B, T, H], for the decay.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
-def transnormer_bwd_kernel(
+def transnormer_dq_kernel(
     q,
     k,
     v,
     c0,
     do,
     hc,
-    hs,
-    dht,
-    dh0,
-    dhp,
+    qdq,
+    qdq_sp,
     dq,
-    dk,
-    dv,
+    dq_sp,
     cu_seqlens,
     scale,
     q_sb,
@@ -386,9 +386,6 @@ def transnormer_bwd_kernel(
     do_sb,
     do_st,
     do_sh,
-    dq_sp,
-    dk_sp,
-    dv_sp,
     N,
     T,
     H,
@@ -407,16 +404,323 @@ def transnormer_bwd_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BF: tl.constexpr,
-    LEVELS: tl.constexpr,
     PARTS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM_PRECISION: tl.constexpr,
-    NEED_QUERY: tl.constexpr,
-    NEED_KEY: tl.constexpr,
-    NEED_VALUE: tl.constexpr,
     NEED_DECAY: tl.constexpr,
-    NEED_PHASE: tl.constexpr,
+    NEED_BONUS: tl.constexpr,
+):
+    NK: tl.constexpr = (K + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    i_h = (tl.program_id(0) // NK % H).to(tl.int64)
+    i_p = tl.program_id(0) // NK // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
+    c0 += (i_h // G_c0) * c0_sh
+
+    o_i = tl.arange(0, BT)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    o_f = o_k
+    m_f = m_k
+    m_fv = m_f[:, None] & m_v[None, :]
+
+    i_t = i_start.to(tl.int64)
+    i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+    p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+    b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
+    b_c0 = tl.load(c0)
+    b_ld = tl.maximum(b_c0, DECAY_FLOOR)
+    # [BT, BT]
+    b_D = tl.exp(b_ld * tl.maximum(o_i[:, None] - o_i[None, :], 0)) * scale
+    b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
+
+
+    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BV]
+        p_x = v + o_t[:, None] * v_st + o_v[None, :]
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
+        b_query = b_q
+        b_key = b_k
+        b_value = b_v
+
+        o_n = tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)
+        b_eq = tl.exp(b_ld * o_n)
+        b_ek = tl.exp(b_ld * (n_t - tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)))
+        b_en = tl.exp(b_ld * n_t)
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        b_er = (b_eq * scale)[:, None]
+        # [BT, BT]
+        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+
+        b_dA = (b_dA * b_D).to(DOT)
+        # [BT, BK]
+        b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
+        b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
+        b_dquery = plus(b_dquery, b_dfq * b_er)
+        if NEED_DECAY:
+            # [BT]
+            b_x = tl.sum(b_query.to(tl.float32) * b_dquery, 1)
+            tl.store(qdq + i_k.to(tl.int64) * qdq_sp + o_row, b_x, mask=m_t)
+        if dq is not None:
+            b_dq_ = b_dquery
+            p_d = dq + (o_row[:, None] * K + o_k[None, :])
+            tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+        # the decay stands on the side of which a program has a block
+        b_kd = b_key * b_ek[:, None]
+        b_h *= b_en
+        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
+
+
+# Of what keys use, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
+# dhp: adjoints at the ends of the pieces; kdk: k . dk [parts, B, T, H]; hdh: the product of state and adjoint at each checkpoint, in parts.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def transnormer_dk_kernel(
+    q,
+    k,
+    v,
+    c0,
+    do,
+    hc,
+    dht,
+    dhp,
+    dh0,
+    kdk,
+    kdk_sp,
+    hdh,
+    hdh_sp,
+    dk,
+    dk_sp,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
+    v_sb,
+    v_st,
+    v_sh,
+    c0_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
+    G_v: tl.constexpr,
+    G_c0: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+    NEED_DECAY: tl.constexpr,
+    NEED_BONUS: tl.constexpr,
+):
+    NK: tl.constexpr = (K + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    i_h = (tl.program_id(0) // NK % H).to(tl.int64)
+    i_p = tl.program_id(0) // NK // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    i_ph = i_p.to(tl.int64) * H + i_h
+    i_nh = i_n * H + i_h
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
+    c0 += (i_h // G_c0) * c0_sh
+
+    o_i = tl.arange(0, BT)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    o_f = o_k
+    m_f = m_k
+    m_fv = m_f[:, None] & m_v[None, :]
+
+    # [BF, BV]
+    b_dh = tl.zeros([BF, BV], dtype=tl.float32)
+    if dhp is not None:
+        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
+    else:
+        if dht is not None:
+            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
+    b_c0 = tl.load(c0)
+    b_ld = tl.maximum(b_c0, DECAY_FLOOR)
+    # [BT, BT]
+    b_D = tl.exp(b_ld * tl.maximum(o_i[:, None] - o_i[None, :], 0)) * scale
+    b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
+
+
+    n_c = tl.cdiv(i_end, BT) - i_start // BT
+    for i in range(n_c):
+        i_c = tl.cdiv(i_end, BT) - 1 - i
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BV]
+        p_x = v + o_t[:, None] * v_st + o_v[None, :]
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
+        b_query = b_q
+        b_key = b_k
+        b_value = b_v
+
+        o_n = tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)
+        b_eq = tl.exp(b_ld * o_n)
+        b_ek = tl.exp(b_ld * (n_t - tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)))
+        b_en = tl.exp(b_ld * n_t)
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        b_er = (b_eq * scale)[:, None]
+        # [BT, BT]
+        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+
+        b_dA = (b_dA * b_D).to(DOT)
+        # [BT, BK]
+        b_dkey = tl.dot(tl.trans(b_dA), b_query.to(DOT), input_precision=PRECISION)
+        b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
+        b_dkey = plus(b_dkey, b_dfk * b_ek[:, None])
+        if NEED_DECAY:
+            # [BT]
+            b_x = tl.sum(b_key.to(tl.float32) * b_dkey, 1)
+            tl.store(kdk + i_k.to(tl.int64) * kdk_sp + o_row, b_x, mask=m_t)
+        if dk is not None:
+            b_dk_ = b_dkey
+            p_d = dk + (o_row[:, None] * K + o_k[None, :])
+            tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
+        b_qd = b_query * b_er
+        b_dh *= b_en
+        b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_do.to(DOT), b_dh, input_precision=PRECISION)
+        if NEED_DECAY:
+            if (i_t % LC == 0) | (i_t <= i_start):
+                i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+                b_sh = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
+                b_all = tl.sum(tl.sum(b_sh * b_dh, 1), 0)
+                tl.store(hdh + i_k.to(tl.int64) * hdh_sp + i_s, b_all)
+
+
+    if dh0 is not None:
+        if is_first:
+            p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
+
+
+# Of what values use, backward in time: a program owns a piece, a head and a block of V, and carries those columns of the adjoint.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def transnormer_dv_kernel(
+    q,
+    k,
+    v,
+    c0,
+    do,
+    dht,
+    dhp,
+    dv,
+    dv_sp,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
+    v_sb,
+    v_st,
+    v_sh,
+    c0_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
+    G_v: tl.constexpr,
+    G_c0: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+    NEED_DECAY: tl.constexpr,
     NEED_BONUS: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -457,165 +761,57 @@ def transnormer_bwd_kernel(
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
     b_c0 = tl.load(c0)
     b_ld = tl.maximum(b_c0, DECAY_FLOOR)
+    # [BT, BT]
+    b_D = tl.exp(b_ld * tl.maximum(o_i[:, None] - o_i[None, :], 0)) * scale
+    b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
 
 
-    NS: tl.constexpr = LC // BT
-    n_s = tl.where(i_end > i_start, (i_end - 1) // LC - i_start // LC + 1, 0)
-    for i_j in range(n_s):
-        i_s = (i_end - 1) // LC - i_j
-        # the chunks [i_c0, i_c1) of this checkpoint
-        i_c0 = tl.maximum(i_start, i_s * LC) // BT
-        i_c1 = tl.cdiv(tl.minimum(i_end, i_s * LC + LC), BT)
-        i_hc = (i_s + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-        i_hs = i_ph * NS - i_s * NS
-        if NS > 1:
-            p_hc = hc + i_hc * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
-            for i_c in range(i_c0, i_c1 - 1):
-                p_hs = hs + (i_hs + i_c) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_hs, b_h.to(hs.dtype.element_ty), mask=m_fv)
-                i_t = i_c * BT
-                i_lo = tl.maximum(i_start - i_t, 0)
-                n_t = tl.minimum(i_end - i_t, BT) - i_lo
-                m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-                i_t = i_t.to(tl.int64)
-                # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-                o_t = i_t + o_i
-                o_row = (i_b * T + o_t) * H + i_h
-                m_tk = m_t[:, None] & m_k[None, :]
-                m_tv = m_t[:, None] & m_v[None, :]
-                # [BT, BK]
-                p_x = k + o_t[:, None] * k_st + o_k[None, :]
-                b_k = tl.load(p_x, mask=m_tk, other=0.0)
-                # [BT, BV]
-                p_x = v + o_t[:, None] * v_st + o_v[None, :]
-                b_v = tl.load(p_x, mask=m_tv, other=0.0)
-                b_key = b_k
-                b_value = b_v
+    n_c = tl.cdiv(i_end, BT) - i_start // BT
+    for i in range(n_c):
+        i_c = tl.cdiv(i_end, BT) - 1 - i
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BV]
+        p_x = v + o_t[:, None] * v_st + o_v[None, :]
+        b_query = b_q
+        b_key = b_k
 
-                b_ek = tl.exp(b_ld * (n_t - tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)))
-                b_en = tl.exp(b_ld * n_t)
-                b_fk = b_key
-                b_kd = b_fk
-                b_vd = b_value * b_ek[:, None]
-                b_h = b_h * b_en
-                b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
-            p_hs = hs + (i_hs + i_c1 - 1) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            tl.store(p_hs, b_h.to(hs.dtype.element_ty), mask=m_fv)
-            # other threads of this program read what these wrote
-            tl.debug_barrier()
-
-        for i in range(i_c1 - i_c0):
-            i_c = i_c1 - 1 - i
-            i_t = i_c * BT
-            i_lo = tl.maximum(i_start - i_t, 0)
-            n_t = tl.minimum(i_end - i_t, BT) - i_lo
-            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-            i_t = i_t.to(tl.int64)
-            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-            o_t = i_t + o_i
-            o_row = (i_b * T + o_t) * H + i_h
-            m_tk = m_t[:, None] & m_k[None, :]
-            m_tv = m_t[:, None] & m_v[None, :]
-            if NS > 1:
-                p_hs = hs + (i_hs + i_c) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_sh = tl.load(p_hs, mask=m_fv, other=0.0)
-            else:
-                p_hc = hc + i_hc * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_sh = tl.load(p_hc, mask=m_fv, other=0.0)
-            # [BT, BK]
-            p_x = q + o_t[:, None] * q_st + o_k[None, :]
-            b_q = tl.load(p_x, mask=m_tk, other=0.0)
-            # [BT, BK]
-            p_x = k + o_t[:, None] * k_st + o_k[None, :]
-            b_k = tl.load(p_x, mask=m_tk, other=0.0)
-            # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0)
-            b_key = b_k
-            b_value = b_v
-            b_query = b_q
-
-            o_n = tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)
-            b_eq = tl.exp(b_ld * o_n)
-            b_ek = tl.exp(b_ld * (n_t - tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)))
-            b_en = tl.exp(b_ld * n_t)
-            b_fk = b_key
-            b_kd = b_fk
-            b_vd = b_value * b_ek[:, None]
-            b_fq = b_query
-            b_qd = b_fq
-            # [BT, BV]
-            p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-            b_do = tl.load(p_do, mask=m_tv, other=0.0)
-            b_er = (b_eq * scale)[:, None]
-            b_dod = b_do * b_er
-
-            # [BT, BT]
-            b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-            m_pair = (o_i[:, None] >= o_i[None, :]) & m_t[None, :]
-            b_D = tl.exp(b_ld * tl.maximum(o_n[:, None] - o_n[None, :], 0))
-            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION) * scale
-            b_A = tl.where(m_pair, (b_s) * b_D, 0.0)
-            if NEED_DECAY:
-                # [BT]
-                b_xq = tl.sum(b_A * b_dA, 1)
-                b_xk = tl.sum(b_A * b_dA, 0)
-            b_dA *= b_D
-            b_dA = tl.where(m_pair, b_dA, 0.0)
-            b_dA = (b_dA * scale).to(DOT)
-
-            if NEED_QUERY or NEED_DECAY:
-                b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
-                # [BT, BF]
-                b_dfq = tl.dot(b_dod.to(DOT), tl.trans(b_sh.to(DOT)), input_precision=PRECISION)
-                if NEED_DECAY:
-                    b_xqi = tl.sum(b_qd * b_dfq, 1)
-                b_dquery = plus(b_dquery, b_dfq)
-            if dq is not None:
-                b_dq_ = b_dquery
-                p_d = dq + i_v.to(tl.int64) * dq_sp + (o_row[:, None] * K + o_k[None, :])
-                tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
-
-            if NEED_KEY or NEED_DECAY:
-                b_dkey = tl.dot(tl.trans(b_dA), b_query.to(DOT), input_precision=PRECISION)
-                # [BT, BF]
-                b_dfk = tl.dot(b_vd.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
-                if NEED_DECAY:
-                    b_xki = tl.sum(b_kd * b_dfk, 1)
-                b_dkey = plus(b_dkey, b_dfk)
-            if dk is not None:
-                b_dk_ = b_dkey
-                p_d = dk + i_v.to(tl.int64) * dk_sp + (o_row[:, None] * K + o_k[None, :])
-                tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-
-            if NEED_VALUE:
-                # [BT, BV]
-                b_dvi = tl.dot(b_kd.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-                b_dvalue = tl.dot(tl.trans(b_A.to(DOT)), b_do.to(DOT), input_precision=PRECISION)
-                b_dvalue = plus(b_dvalue, b_dvi * b_ek[:, None])
-            if dv is not None:
-                b_dv_ = b_dvalue
-                p_d = dv + (o_row[:, None] * V + o_v[None, :])
-                tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
-
-            if NEED_DECAY:
-                b_all = tl.sum(tl.sum(b_sh * (b_dh), 1), 0)
-                # [BT]
-                b_x = tl.where(o_i[None, :] >= o_i[:, None], b_xq[None, :] - b_xk[None, :], 0.0)
-                b_x += tl.where(o_i[None, :] >= o_i[:, None], b_xqi[None, :], 0.0)
-                b_x += tl.where(o_i[None, :] < o_i[:, None], b_xki[None, :], 0.0)
-                b_dlog_decay = tl.sum(b_x, 1) + b_all * b_en
-                b_dlog_decay = tl.where(m_t, b_dlog_decay, 0.0)
-
-            b_dh = b_dh * b_en
-            b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
-
-
-    if dh0 is not None:
-        if is_first:
-            p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
+        o_n = tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)
+        b_eq = tl.exp(b_ld * o_n)
+        b_ek = tl.exp(b_ld * (n_t - tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)))
+        b_en = tl.exp(b_ld * n_t)
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        b_er = (b_eq * scale)[:, None]
+        b_dod = b_do * b_er
+        # [BT, BT]
+        b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+        b_A = b_s * b_D
+        # [BT, BV]
+        b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
+        b_dvalue = tl.dot(tl.trans(b_A.to(DOT)), b_do.to(DOT), input_precision=PRECISION)
+        b_dvalue = plus(b_dvalue, b_dvi * b_ek[:, None])
+        if dv is not None:
+            b_dv_ = b_dvalue
+            p_d = dv + (o_row[:, None] * V + o_v[None, :])
+            tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
+        b_dh *= b_en
+        b_dh = tl.dot(tl.trans(b_query.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
 
 
 # One token: reads the state, writes it back in place. A program owns a sequence, a head and NB blocks of V.
@@ -849,50 +1045,35 @@ def scan(h, h0, gt, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
-    """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
-
-    Gradients come as the kernels make them: [B, T, H, C] for inputs with a time axis, [pieces, H, C] sums without one, in fp32 and
-    with a first axis of parts to add where blocks of V each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
-    """
-    B, T, H, K, V, F, N = sizes(q, k, v, c0, cu_seqlens)
-    like = v
-    NC = -(-T // s.LC)
+def adjoints(q, c0, do, dht, cu_seqlens, scale, s, shape):
+    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens."""
+    N, T, H, K, V, F = shape
     t = s.bwd
-    L = s.bwd_L or T
-    NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
+    NP, rows = pieces(cu_seqlens, N, T, s.bwd_L)
     NV = triton.cdiv(V, t.BV)
-    make = torch.empty if cu_seqlens is None else torch.zeros
-
-    def gradient(x, axes, need):
-        if not need:
-            return None, 0
-        channels = (K,) if "k" in axes else (V,) if "v" in axes else ()
-        shape = (B, T, H, *channels) if "t" in axes else (rows, H, *channels)
-        parts = NV if "v" not in axes else 1
-        if parts == 1 and "t" in axes:
-            whole = x.shape == torch.Size(shape[:4])
-            return make(shape, dtype=x.dtype if whole else torch.float32, device=x.device), 0
-        out = make(parts, *shape, dtype=torch.float32, device=x.device)
-        return out, out[0].numel()
-
-    dq, dq_sp = gradient(q, "bthk", needs[0])
-    dk, dk_sp = gradient(k, "bthk", needs[1])
-    dv, dv_sp = gradient(v, "bthv", needs[2])
-    dh0 = state(N, H, F, V, like) if initial else None
-    hs = state(rows * (s.LC // t.BT), H, F, V, like, s.checkpoint) if s.LC > t.BT else None
-    dhp = None
-    common = dict(
+    dhp = state(rows, H, F, V, do)
+    gt = torch.empty(rows, H, dtype=torch.float32, device=do.device)
+    transnormer_bwd_state_kernel[(rows * H * NV,)](
+        q, c0,
+        do=do,
+        dh=dhp,
+        gt=gt,
         cu_seqlens=cu_seqlens,
         scale=scale,
+        q_sb=q.stride(0),
+        q_st=q.stride(1),
+        q_sh=q.stride(2),
+        c0_sh=c0.stride(0),
         do_sb=do.stride(0),
         do_st=do.stride(1),
         do_sh=do.stride(2),
         N=N,
         T=T,
         H=H,
-        L=L,
+        L=s.bwd_L,
         NP=NP,
+        G_q=H // q.shape[2],
+        G_c0=H // c0.shape[0],
         K=K,
         V=V,
         F=F,
@@ -907,46 +1088,37 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         num_warps=t.num_warps,
         num_stages=t.num_stages,
     )
-    if s.bwd_L:
-        dhp = state(rows, H, F, V, like)
-        gt = torch.empty(rows, H, dtype=torch.float32, device=like.device)
-        transnormer_bwd_state_kernel[(rows * H * NV,)](
-            q, c0,
-            do=do,
-            dh=dhp,
-            gt=gt,
-            q_sb=q.stride(0),
-            q_st=q.stride(1),
-            q_sh=q.stride(2),
-            c0_sh=c0.stride(0),
-            G_q=H // q.shape[2],
-            G_c0=H // c0.shape[0],
-            **common,
-        )
-        scan(dhp, dht, gt, cu_seqlens, N, T, L, NP, K, V, F, True)
-    transnormer_bwd_kernel[(rows * H * NV,)](
-        q, k, v, c0,
-        do=do,
-        hc=hc,
-        hs=hs,
-        dht=dht,
-        dh0=dh0,
-        dhp=dhp,
-        dq=dq,
-        dq_sp=dq_sp,
-        dk=dk,
-        dk_sp=dk_sp,
-        dv=dv,
-        dv_sp=dv_sp,
-        NC=NC,
-        LC=s.LC,
-        LEVELS=t.BT.bit_length() - 1,
-        NEED_QUERY=any((needs[0],)),
-        NEED_KEY=any((needs[1],)),
-        NEED_VALUE=any((needs[2],)),
-        NEED_DECAY=False,
-        NEED_PHASE=False,
-        NEED_BONUS=False,
+    scan(dhp, dht, gt, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
+    return dhp
+
+def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
+    """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
+
+    Gradients come as the kernels make them, for each input the summands and how many tokens a row of one sums (0: all of a sequence's):
+    [B, T, H, C] for inputs with a time axis, [rows, H, C] without one, in fp32 and with a first axis of parts to add where programs with
+    a block of the channels each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
+    """
+    B, T, H, K, V, F, N = sizes(q, k, v, c0, cu_seqlens)
+    like = v
+    NK, NV = triton.cdiv(K, s.rows.BV), triton.cdiv(V, s.bwd.BV)
+    make = torch.empty if cu_seqlens is None else torch.zeros
+    need_decay = False
+
+    def gradient(x, axes, need, count, rows, alone):
+        """One kernel's gradient of x, in `count` parts, and the stride between them."""
+        if not need:
+            return None, 0
+        channels = (K,) if "k" in axes else (V,) if "v" in axes else ()
+        shape = (B, T, H, *channels) if "t" in axes else (rows, H, *channels)
+        if count == 1 and "t" in axes:
+            whole = alone and x.shape == torch.Size(shape[:4])
+            return make(shape, dtype=x.dtype if whole else torch.float32, device=x.device), 0
+        out = make(count, *shape, dtype=torch.float32, device=x.device)
+        return out, out[0].numel()
+
+    common = dict(
+        cu_seqlens=cu_seqlens,
+        scale=scale,
         q_sb=q.stride(0),
         q_st=q.stride(1),
         q_sh=q.stride(2),
@@ -957,15 +1129,113 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         v_st=v.stride(1),
         v_sh=v.stride(2),
         c0_sh=c0.stride(0),
+        do_sb=do.stride(0),
+        do_st=do.stride(1),
+        do_sh=do.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        NC=-(-T // s.LC),
         G_q=H // q.shape[2],
         G_k=H // k.shape[2],
         G_v=H // v.shape[2],
         G_c0=H // c0.shape[0],
-        **common,
+        K=K,
+        V=V,
+        F=F,
+        LC=s.LC,
+        PARTS=s.PARTS,
+        DOT=s.DOT,
+        PRECISION=s.PRECISION,
+        SUM_PRECISION=s.SUM_PRECISION,
+        NEED_DECAY=need_decay,
+        NEED_BONUS=False,
     )
-    gradients = [dq, dk, dv]
-    sums = [None] * len(gradients)
-    return gradients, sums, dh0
+    parts = [[] for _ in needs]
+    qdq = torch.empty(NK, B, T, H, dtype=torch.float32, device=like.device) if need_decay else None
+    kdk = torch.empty_like(qdq) if need_decay else None
+    hdh = torch.empty(NK, hc.shape[0], H, dtype=torch.float32, device=like.device) if need_decay else None
+    qdq_sp = kdk_sp = B * T * H
+    hdh_sp = hc.shape[0] * H
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        transnormer_dq_kernel[(rows * H * NK,)](
+            q, k, v, c0,
+            do=do,
+            hc=hc,
+            qdq=qdq,
+            qdq_sp=qdq_sp,
+            dq=dq,
+            dq_sp=dq_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[0].append((dq, s.dq_L))
+    L = s.bwd_L or T
+    NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
+    dhp = dh0 = None
+    if s.bwd_L:
+        dhp = adjoints(q, c0, do, dht, cu_seqlens, scale, s, (N, T, H, K, V, F))
+    if any((needs[1],)) or need_decay or initial:
+        dh0 = state(N, H, F, V, like) if initial else None
+        t = s.rows
+        dk, dk_sp = gradient(k, "bthk", needs[1], 1, rows, True)
+        transnormer_dk_kernel[(rows * H * NK,)](
+            q, k, v, c0,
+            do=do,
+            hc=hc,
+            dht=dht,
+            dhp=dhp,
+            dh0=dh0,
+            kdk=kdk,
+            kdk_sp=kdk_sp,
+            hdh=hdh,
+            hdh_sp=hdh_sp,
+            dk=dk,
+            dk_sp=dk_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[1].append((dk, s.bwd_L))
+    if any((needs[2],)):
+        t = s.bwd
+        dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
+        transnormer_dv_kernel[(rows * H * NV,)](
+            q, k, v, c0,
+            do=do,
+            dht=dht,
+            dhp=dhp,
+            dv=dv,
+            dv_sp=dv_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=s.BK,
+            BV=t.BV,
+            BF=s.BK,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[2].append((dv, s.bwd_L))
+    return parts, dh0
 
 
 def step(q, k, v, c0, h, scale, s):

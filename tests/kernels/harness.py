@@ -55,15 +55,16 @@ def backend_of(
 
 def pieces(tokens: int) -> Callable[[Schedule], Schedule]:
     """Sequences are cut into pieces of so many tokens, both ways."""
-    return lambda s: dataclasses.replace(s, fwd_L=tokens, bwd_L=tokens)
+    return lambda s: dataclasses.replace(s, fwd_L=tokens, bwd_L=tokens, dq_L=tokens)
 
 
 def blocks_of_v(size: int) -> Callable[[Schedule], Schedule]:
-    """A program owns so many channels of the value."""
+    """A program owns so many channels of the value, or of the key."""
     return lambda s: dataclasses.replace(
         s,
         fwd=dataclasses.replace(s.fwd, BV=size),
         bwd=dataclasses.replace(s.bwd, BV=size),
+        rows=dataclasses.replace(s.rows, BV=size),
         step=dataclasses.replace(s.step, BV=size),
     )
 
