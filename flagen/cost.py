@@ -252,8 +252,9 @@ def _of_launch(launch: Launch, source: str, machine: Machine, constants: Constan
     work, blocks = count(source, launch.kernel, arguments, (0, 0, 0))
     last, _ = count(source, launch.kernel, arguments, tuple(n - 1 for n in launch.grid))
     mean = Work()
-    mean.add(work, 0.5)
-    mean.add(last, 0.5)
+    share = 1 / launch.arguments.get("NP", 1) if launch.arguments.get("NP", 1) > 1 else 0.5
+    mean.add(work, 1 - share)
+    mean.add(last, share)
     functions, _ = functions_of(source)
     wanted = registers(functions, launch.kernel, blocks, launch.num_warps)
     programs = prod(launch.grid)

@@ -293,6 +293,16 @@ class Plan:
         """What the adjoint's update needs: no key, no value."""
         return self.tensors_of("query", "log_decay", "phase")
 
+    def sweep_tensors(self, role: str) -> tuple[TensorArg, ...]:
+        """What the sweep for the gradient of query, key or value reads: the other two, the decay and a bonus, and its
+        own role's where a derivative or the decay's gradient needs it."""
+        roles = {"query", "key", "value", "log_decay", "bonus"} - {role}
+        if role != "value" and (self.own_term or self.gradients_of("log_decay")):
+            roles.add(role)
+        names = {one.name for one in self.tensors_of(*roles)}
+        names |= {leaf.name for of, _, diff in self.analysis.gradients if of == role for leaf in leaves(diff)}
+        return tuple(tensor for tensor in self.tensors if tensor.name in names)
+
     @cached_property
     def intra_tensors(self) -> tuple[TensorArg, ...]:
         """What the weights of the pairs inside a chunk need."""

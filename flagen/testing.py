@@ -176,6 +176,9 @@ def _sizes_of(spec: Spec, inputs: Mapping[str, Tensor]) -> tuple[int, int, int, 
     return tuple(found[axis] for axis in "bthkv")
 
 
+SMALL = 0.01  # a gate's gradient that is smaller than so much of the terms is compared with that
+
+
 @dataclass(frozen=True, slots=True)
 class Results:
     o: Tensor
@@ -301,7 +304,10 @@ def _floor(case: Case, one: Input, gradient: Tensor, rate: float) -> float:
         x = case.inputs[case.spec.inputs.index(one)].detach().double()
         rows = x.square().sum(-1) if one.axes[-1] in "kv" else x.square()
         return rate / float(rows.mean().sqrt()) if x.any() else 0.0
-    return 0.0 if gradient.any() else rate
+    if not gradient.any():
+        return rate
+    # a gate's gradient is what is read after a step less what was written after it: pairs on one side of the step cancel
+    return SMALL * rate if one in gates(case.spec) else 0.0
 
 
 def _terms(case: Case, one: Input) -> float:

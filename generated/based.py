@@ -604,12 +604,12 @@ def based_bwd_kernel(
             m_tv = m_t[:, None] & m_v[None, :]
             if NS > 1:
                 p_hs = hs + (i_hs + i_c) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_sh = tl.load(p_hs, mask=m_fv, other=0.0)
-                b_sz = tl.load(zs + ((i_hs + i_c) * NV + i_v) * F + o_f, mask=m_f, other=0.0)
+                b_ch = tl.load(p_hs, mask=m_fv, other=0.0)
+                b_cz = tl.load(zs + ((i_hs + i_c) * NV + i_v) * F + o_f, mask=m_f, other=0.0)
             else:
                 p_hc = hc + i_hc * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_sh = tl.load(p_hc, mask=m_fv, other=0.0)
-                b_sz = tl.load(zc + i_hc * F + o_f, mask=m_f, other=0.0)
+                b_ch = tl.load(p_hc, mask=m_fv, other=0.0)
+                b_cz = tl.load(zc + i_hc * F + o_f, mask=m_f, other=0.0)
             # [BT, BK]
             p_x = q + o_t[:, None] * q_st + o_k[None, :]
             b_q = tl.load(p_x, mask=m_tk, other=0.0)
@@ -658,8 +658,8 @@ def based_bwd_kernel(
             if NEED_QUERY:
                 b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
                 # [BT, BF]
-                b_dfq = tl.dot(b_dod.to(DOT), tl.trans(b_sh.to(DOT)), input_precision=PRECISION)
-                b_dfq += b_dnd * b_sz[None, :]
+                b_dfq = tl.dot(b_dod.to(DOT), tl.trans(b_ch.to(DOT)), input_precision=PRECISION)
+                b_dfq += b_dnd * b_cz[None, :]
                 b_dfq *= b_weight[None, :]
                 b_dquery += scatter(b_dfq * b_q2, b_first, K, BK, DOT, PRECISION)
                 b_dquery += scatter(b_dfq * b_q1, b_second, K, BK, DOT, PRECISION)

@@ -802,12 +802,12 @@ def gateloop_bwd_kernel(
             m_tv = m_t[:, None] & m_v[None, :]
             if NS > 1:
                 p_hs = hs + (i_hs + i_c) * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
-                b_sh = tl.load(p_hs, mask=m_fv, other=0.0)
-                b_shi = tl.load(p_hs + 1, mask=m_fv, other=0.0)
+                b_ch = tl.load(p_hs, mask=m_fv, other=0.0)
+                b_chi = tl.load(p_hs + 1, mask=m_fv, other=0.0)
             else:
                 p_hc = hc + i_hc * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
-                b_sh = tl.load(p_hc, mask=m_fv, other=0.0)
-                b_shi = tl.load(p_hc + 1, mask=m_fv, other=0.0)
+                b_ch = tl.load(p_hc, mask=m_fv, other=0.0)
+                b_chi = tl.load(p_hc + 1, mask=m_fv, other=0.0)
             # [BT, BK]
             p_x = q + o_t[:, None] * q_st + o_k[None, :]
             b_q = tl.load(p_x, mask=m_tk, other=0.0)
@@ -877,8 +877,8 @@ def gateloop_bwd_kernel(
             b_ds = b_dd * scale
 
             if NEED_QUERY or NEED_DECAY or NEED_PHASE:
-                b_dqr = tl.dot(b_dod.to(DOT), tl.trans(b_sh.to(DOT)), input_precision=PRECISION)
-                b_dqi = tl.dot(b_dod.to(DOT), tl.trans(b_shi.to(DOT)), input_precision=PRECISION)
+                b_dqr = tl.dot(b_dod.to(DOT), tl.trans(b_ch.to(DOT)), input_precision=PRECISION)
+                b_dqi = tl.dot(b_dod.to(DOT), tl.trans(b_chi.to(DOT)), input_precision=PRECISION)
                 # [BT, BK]
                 b_dfq = b_dqr * b_cr - b_dqi * b_sr
                 b_yqi = -(b_dqr * b_sr + b_dqi * b_cr) * b_qd
@@ -917,13 +917,13 @@ def gateloop_bwd_kernel(
                 tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
 
             if NEED_DECAY:
-                b_all = tl.sum(b_sh * (b_dh * b_cn[:, None] + b_dhi * b_sn[:, None]) + b_shi * (b_dhi * b_cn[:, None] - b_dh * b_sn[:, None]), 1)
+                b_all = tl.sum(b_ch * (b_dh * b_cn[:, None] + b_dhi * b_sn[:, None]) + b_chi * (b_dhi * b_cn[:, None] - b_dh * b_sn[:, None]), 1)
                 # [BT, BK]
                 b_dlog_decay = sum_steps(o_i[None, :] >= o_i[:, None], b_x + b_xqi, 2, DOT, SUM_PRECISION)
                 b_dlog_decay += sum_steps(o_i[None, :] < o_i[:, None], b_xki, 2, DOT, SUM_PRECISION)
                 b_dlog_decay += (b_all * b_en)[None, :]
             if NEED_PHASE:
-                b_all = tl.sum((b_dhi * b_cn[:, None] - b_dh * b_sn[:, None]) * b_sh - (b_dh * b_cn[:, None] + b_dhi * b_sn[:, None]) * b_shi, 1) * b_en
+                b_all = tl.sum((b_dhi * b_cn[:, None] - b_dh * b_sn[:, None]) * b_ch - (b_dh * b_cn[:, None] + b_dhi * b_sn[:, None]) * b_chi, 1) * b_en
                 # [BT, BK]
                 b_dphase = sum_steps(o_i[None, :] >= o_i[:, None], b_y + b_yqi, 2, DOT, SUM_PRECISION)
                 b_dphase += sum_steps(o_i[None, :] < o_i[:, None], b_yki, 2, DOT, SUM_PRECISION) + b_all[None, :]

@@ -870,10 +870,10 @@ def gla_bwd_kernel(
             m_tv = m_t[:, None] & m_v[None, :]
             if NS > 1:
                 p_hs = hs + (i_hs + i_c) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_sh = tl.load(p_hs, mask=m_fv, other=0.0)
+                b_ch = tl.load(p_hs, mask=m_fv, other=0.0)
             else:
                 p_hc = hc + i_hc * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_sh = tl.load(p_hc, mask=m_fv, other=0.0)
+                b_ch = tl.load(p_hc, mask=m_fv, other=0.0)
             # [BK, BT]
             p_x = q + o_t[None, :] * q_st + o_k[:, None]
             b_q = tl.load(p_x, mask=m_kt, other=0.0)
@@ -899,10 +899,10 @@ def gla_bwd_kernel(
             b_qd = b_query * b_eq
             if NEED_QUERY or NEED_DECAY:
                 # [BK, BT]
-                b_dquery = tl.dot(b_sh.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
+                b_dquery = tl.dot(b_ch.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
                 if NEED_DECAY:
                     # the decay's gradient at a step: reads of the first state after it, writes to the last one before it, and what passes
-                    b_all = tl.sum(b_sh * b_dh, 1)
+                    b_all = tl.sum(b_ch * b_dh, 1)
                     b_dlog_decay = sum_rows(b_qd * b_dquery, o_i[:, None] >= o_i[None, :], 2, DOT, SUM_PRECISION)
                     b_dlog_decay += (b_all * b_en)[:, None]
                 b_dquery *= b_eq

@@ -803,8 +803,6 @@ def linear_dv_kernel(
         # [BT, BK]
         p_x = k + o_t[:, None] * k_st + o_k[None, :]
         b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
         # [BT, BK]
         b_query = tl.where(m_tk, tl.where(b_q > 0.0, b_q, tl.exp(tl.minimum(b_q, 0.0)) - 1.0) + 1.0, 0.0)
         # [BT, BK]

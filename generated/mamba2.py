@@ -754,8 +754,8 @@ def mamba2_dk_kernel(
             if (i_t % LC == 0) | (i_t <= i_start):
                 i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
                 p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_sh = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
-                b_all = tl.sum(tl.sum(b_sh * b_dh, 1), 0)
+                b_ch = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
+                b_all = tl.sum(tl.sum(b_ch * b_dh, 1), 0)
                 tl.store(hdh + i_k.to(tl.int64) * hdh_sp + i_s, b_all)
 
 

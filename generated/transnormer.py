@@ -358,7 +358,7 @@ def transnormer_bwd_state_kernel(
 # them; <x>_sp is the stride between those parts.
 #
 # Of what queries use, forward in time: a program owns a piece, a head and a block of K, and carries those rows of the state from the
-# checkpoint hc at its start; qdq: q . dq [parts, B, T, H], for the decay.
+# checkpoint hc at its start.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
 def transnormer_dq_kernel(
     q,
@@ -367,8 +367,6 @@ def transnormer_dq_kernel(
     c0,
     do,
     hc,
-    qdq,
-    qdq_sp,
     dq,
     dq_sp,
     cu_seqlens,
@@ -459,15 +457,11 @@ def transnormer_dq_kernel(
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
         p_x = k + o_t[:, None] * k_st + o_k[None, :]
         b_k = tl.load(p_x, mask=m_tk, other=0.0)
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
         b_v = tl.load(p_x, mask=m_tv, other=0.0)
-        b_query = b_q
         b_key = b_k
         b_value = b_v
 
@@ -487,10 +481,6 @@ def transnormer_dq_kernel(
         b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
         b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
         b_dquery = plus(b_dquery, b_dfq * b_er)
-        if NEED_DECAY:
-            # [BT]
-            b_x = tl.sum(b_query.to(tl.float32) * b_dquery, 1)
-            tl.store(qdq + i_k.to(tl.int64) * qdq_sp + o_row, b_x, mask=m_t)
         if dq is not None:
             b_dq_ = b_dquery
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
@@ -502,7 +492,7 @@ def transnormer_dq_kernel(
 
 
 # Of what keys use, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
-# dhp: adjoints at the ends of the pieces; kdk: k . dk [parts, B, T, H]; hdh: the product of state and adjoint at each checkpoint, in parts.
+# dhp: adjoints at the ends of the pieces.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
 def transnormer_dk_kernel(
     q,
@@ -514,10 +504,6 @@ def transnormer_dk_kernel(
     dht,
     dhp,
     dh0,
-    kdk,
-    kdk_sp,
-    hdh,
-    hdh_sp,
     dk,
     dk_sp,
     cu_seqlens,
@@ -619,14 +605,10 @@ def transnormer_dk_kernel(
         # [BT, BK]
         p_x = q + o_t[:, None] * q_st + o_k[None, :]
         b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0)
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
         b_v = tl.load(p_x, mask=m_tv, other=0.0)
         b_query = b_q
-        b_key = b_k
         b_value = b_v
 
         o_n = tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)
@@ -645,10 +627,6 @@ def transnormer_dk_kernel(
         b_dkey = tl.dot(tl.trans(b_dA), b_query.to(DOT), input_precision=PRECISION)
         b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         b_dkey = plus(b_dkey, b_dfk * b_ek[:, None])
-        if NEED_DECAY:
-            # [BT]
-            b_x = tl.sum(b_key.to(tl.float32) * b_dkey, 1)
-            tl.store(kdk + i_k.to(tl.int64) * kdk_sp + o_row, b_x, mask=m_t)
         if dk is not None:
             b_dk_ = b_dkey
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
@@ -656,13 +634,6 @@ def transnormer_dk_kernel(
         b_qd = b_query * b_er
         b_dh *= b_en
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_do.to(DOT), b_dh, input_precision=PRECISION)
-        if NEED_DECAY:
-            if (i_t % LC == 0) | (i_t <= i_start):
-                i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_sh = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
-                b_all = tl.sum(tl.sum(b_sh * b_dh, 1), 0)
-                tl.store(hdh + i_k.to(tl.int64) * hdh_sp + i_s, b_all)
 
 
     if dh0 is not None:
@@ -785,8 +756,6 @@ def transnormer_dv_kernel(
         # [BT, BK]
         p_x = k + o_t[:, None] * k_st + o_k[None, :]
         b_k = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
         b_query = b_q
         b_key = b_k
 
@@ -1152,11 +1121,6 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         NEED_BONUS=False,
     )
     parts = [[] for _ in needs]
-    qdq = torch.empty(NK, B, T, H, dtype=torch.float32, device=like.device) if need_decay else None
-    kdk = torch.empty_like(qdq) if need_decay else None
-    hdh = torch.empty(NK, hc.shape[0], H, dtype=torch.float32, device=like.device) if need_decay else None
-    qdq_sp = kdk_sp = B * T * H
-    hdh_sp = hc.shape[0] * H
     if any((needs[0],)) or need_decay:
         L = s.dq_L or T
         NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
@@ -1166,8 +1130,6 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             q, k, v, c0,
             do=do,
             hc=hc,
-            qdq=qdq,
-            qdq_sp=qdq_sp,
             dq=dq,
             dq_sp=dq_sp,
             L=L,
@@ -1197,10 +1159,6 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             dht=dht,
             dhp=dhp,
             dh0=dh0,
-            kdk=kdk,
-            kdk_sp=kdk_sp,
-            hdh=hdh,
-            hdh_sp=hdh_sp,
             dk=dk,
             dk_sp=dk_sp,
             L=L,

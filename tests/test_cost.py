@@ -85,7 +85,7 @@ def test_tiles_warps_and_pieces_are_those_of_the_schedule():
     assert (forward["fwd"].num_warps, forward["fwd"].num_stages) == (s.fwd.num_warps, s.fwd.num_stages)
     assert f"BV={s.fwd.BV}" in forward["fwd"].tile
     assert [name for name, _ in named(found.forward)] == ["fwd", "scan", "fwd"]
-    assert [name for name, _ in named(found.backward)] == ["bwd_state", "scan", "bwd"]
+    assert [name for name, _ in named(found.backward)] == ["dq", "bwd_state", "scan", "dk", "dv"]
     whole = estimated("retnet", 1, 8192, 96, 128, 128)
     assert [name for name, _ in named(whole.forward)] == ["fwd"]
 
@@ -131,20 +131,28 @@ def test_one_pass_moves_the_floor_and_training_the_states():
     states = 96 * (8192 // found.schedule.LC) * 128 * 128 * 2
     assert training.written - forward.written == states
     assert found.held == states
-    (_, backward) = named(found.backward)[0]
-    # the states between checkpoints stay in the cache, and are written back once
-    scratch = 96 * (found.schedule.LC // found.schedule.bwd.BT) * 128 * 128 * 2
-    assert backward.read == found.backward.floor - 3 * 8192 * 96 * 128 * 2 + states + head_rates
-    assert backward.written == 3 * 8192 * 96 * 128 * 2 + scratch
-    assert found.extra == states + scratch
+    assert found.extra == states
+
+
+def test_a_sweep_reads_three_tensors_and_writes_one():
+    found = estimated("retnet", 1, 8192, 96, 128, 128)
+    tensor, head_rates = 8192 * 96 * 128 * 2, 4 * 96
+    assert [name for name, _ in named(found.backward)] == ["dq", "dk", "dv"]
+    for _, sweep in named(found.backward):
+        assert sweep.written == tensor
+    pieces = 96 * -(-8192 // found.schedule.dq_L)
+    (_, query), (_, key), (_, value) = named(found.backward)
+    # the query's sweep begins each piece from a checkpoint
+    assert query.read == 3 * tensor + pieces * 128 * 128 * 2 + head_rates
+    assert key.read == value.read == 3 * tensor + head_rates
 
 
 def test_scratch_that_does_not_fit_the_cache_is_moved():
+    """The states between checkpoints, in the sweep that makes all gradients."""
     small = dataclasses.replace(H100, cache=MB)
-    less, more = (
-        named(estimated("retnet", 1, 8192, 96, 128, 128, machine).backward)[0][1] for machine in (H100, small)
-    )
-    assert more.read - less.read == 96 * 128 * 128 * 128 * 2  # a state a chunk of 64
+    less, more = (named(estimated("gla", 1, 8192, 96, 128, 128, machine).backward)[-1][1] for machine in (H100, small))
+    chunk = found.bwd.BT if (found := estimated("gla", 1, 8192, 96, 128, 128).schedule) else 0
+    assert more.read - less.read == 96 * (8192 // chunk) * 128 * 128 * 2  # a state a chunk
     assert more.asked == less.asked
 
 
@@ -158,12 +166,12 @@ def test_pairs_of_a_decay_per_key_channel_are_counted():
 
 def test_parts_of_gradients_are_summed_by_torch():
     """A state of 256 channels is taken in blocks of V, each of which gives a part of dq and dk."""
-    found = estimated("retnet", 1, 512, 4, 256, 256)
+    found = estimated("based", 1, 512, 4, 32, 256)
     parts = -(-256 // found.schedule.bwd.BV)
     assert parts > 1
     sums = [one for one in found.backward.kernels if one.name == "torch.sum"]
-    assert [(one.read, one.written) for one in sums] == 2 * [(parts * 512 * 4 * 256 * 4, 512 * 4 * 256 * 4)]
-    assert found.extra >= 2 * parts * 512 * 4 * 256 * 4
+    assert [(one.read, one.written) for one in sums] == 2 * [(parts * 512 * 4 * 32 * 4, 512 * 4 * 32 * 4)]
+    assert found.extra >= 2 * parts * 512 * 4 * 32 * 4
 
 
 def test_memory_of_the_forward_is_the_output_and_what_it_keeps():

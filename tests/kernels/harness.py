@@ -14,8 +14,10 @@ from torch import Tensor
 from flagen import compiler
 from flagen.compare import Row, kind_of, limit_of, row
 from flagen.load import load
+from flagen.samples import gates as gates_of
 from flagen.schedule import Schedule
 from flagen.spec import Spec
+from flagen.testing import SMALL
 from flagen.triton_backend import TritonBackend
 
 FLOOR = 1e-30  # gradients below, as behind a decay of exp(-100), are as good as zero
@@ -129,10 +131,11 @@ def compare(
         row(f"final {i}", x, y, limit_of(dtype, "o"))
         for i, (x, y) in enumerate(zip(out.final, final if want_final else (), strict=True))
     ]
+    # as in flagen.testing: a gate's gradient is a difference of larger terms
+    size = SMALL * float((o.double() * do.double()).square().sum(-1).mean().sqrt())
     for one, x, y, given_ in zip(spec.inputs, got, gradients[: len(inputs)], inputs, strict=True):
-        channels = one.axes[-1] in "kv"
-        limit = limit_of(dtype, kind_of(spec, one))
-        rows.append(row(f"d {one.name}", x, y, limit, dtype=given_.dtype, channels=channels, floor=FLOOR))
+        how = {"channels": one.axes[-1] in "kv", "floor": size if one in gates_of(spec) else FLOOR}
+        rows.append(row(f"d {one.name}", x, y, limit_of(dtype, kind_of(spec, one)), dtype=given_.dtype, **how))
     for i, (x, y) in enumerate(zip(got_initial, gradients[len(inputs) :], strict=True)):
         rows.append(row(f"d initial {i}", x, y, limit_of(dtype, "gate" if i else "gradient"), floor=FLOOR))
     check(rows)
