@@ -156,7 +156,12 @@ def test_the_shipped_specs(name):
     for _, expr in analysis.roles:
         compare(expr, {one.name: torch.randn(50, generator=generator).tolist() for one in leaves})
     found = {(role, one.name): to_text(expr) for role, one, expr in analysis.gradients}
-    assert set(found) == {(r, one.name) for r, expr in analysis.roles for one in expr.inputs if one in analysis.inputs}
+    # a unit is derived from its inputs, and the roles from the unit
+    units = {one for one, _ in analysis.units}
+    named = [*analysis.roles, *((one.name, expr) for one, expr in analysis.units)]
+    assert set(found) == {
+        (role, one.name) for role, expr in named for one in expr.inputs if one in units | set(analysis.inputs)
+    }
 
 
 def test_the_text_does_not_depend_on_the_hash_seed():
