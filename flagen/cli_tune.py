@@ -57,8 +57,7 @@ class WrongError(FlagenError):
 
 def tuned(spec: Spec, shape: Shape, dtype: torch.dtype, device: str, versions: str, rounds: int = ROUNDS) -> Entry:
     """What is best for a spec at a shape, checked and timed. Raises WrongError and BusyError: then nothing is known."""
-    from . import bench_check, bench_measure
-    from .compiler import compile, prepare
+    from . import bench_check, bench_measure, compiler
     from .load import load
     from .triton_backend import TritonBackend
 
@@ -67,10 +66,10 @@ def tuned(spec: Spec, shape: Shape, dtype: torch.dtype, device: str, versions: s
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:5.0f} s] {spec.name} {text}", file=sys.stderr, flush=True)
 
-    plan, entry = prepare(spec)
+    plan, entry = compiler.prepare(spec)
     if plan is None:
         raise FlagenError(f"{spec.name}: has no kernels to tune")
-    module, op = load(entry), compile(spec, backend="triton")
+    module, op = load(entry), compiler.compile(spec, backend="triton")
     with tuned_tables.ignored():
         case = case_of(op, shape, dtype, device)
         if fault := bench_check.small(op, shape, dtype, device) or bench_check.sampled(op, case, shape, dtype):
