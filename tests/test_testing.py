@@ -511,3 +511,19 @@ def test_check_refuses_what_it_does_not_know():
         check(Honest(specs.get("gla")), **SMALL, device="cpu", requires_grad=("w",))
     with pytest.raises(ValueError, match="gla: layout='odd' is not allowed; use one of contiguous, heads_first,"):
         check(Honest(specs.get("gla")), **SMALL, device="cpu", layout="odd")
+
+
+def test_a_coarse_input_is_held_to_its_own_dtype():
+    """The gradient of a bf16 gate beside fp32 inputs is bf16, and so is an output whose value begins with one."""
+    sizes = SMALL | {"dtype": torch.float32, "gate_dtype": torch.bfloat16, "device": "cpu"}
+    limits = {row.tensor: row.limit for row in check(Honest(specs.get("gla")), **sizes).rows}
+    assert limits["d g"] == TOLERANCES[torch.bfloat16]["gate"]
+    assert limits["d k"] == TOLERANCES[torch.float32]["gradient"] and limits["o"] == TOLERANCES[torch.float32]["o"]
+    with pytest.raises(AssertionError, match="d g"):
+        check(spoilt("d g"), **sizes)
+    gated = Spec("gated", value=gs * v, log_decay=logsigmoid(gs))
+    report = check(Honest(gated), **sizes)
+    first = next(row for row in report.rows if row.tensor == "o")
+    assert (
+        first.limit == TOLERANCES[torch.bfloat16 if gated.value.inputs[0] == gs else torch.float32]["o"] and report.ok
+    )
