@@ -8,7 +8,7 @@ import mmap
 
 import pytest
 import torch
-from hostile import FEWER, INTERPRETER, Run, inputs_of
+from hostile import INTERPRETER, NAMED, Run, inputs_of
 from triton.runtime import interpreter
 
 NORESERVE = 0x4000  # Linux: pages are counted when they are touched
@@ -40,14 +40,22 @@ def _spread(plain, x, axes, far, at):
     return found.copy_(x)
 
 
+TIME = (1, 18, 1, {"t": (1 << 27) + 4096})
+BATCH, HEADS = (3, 2, 1, {"b": (1 << 30) + 4096}), (1, 2, 3, {"h": (1 << 30) + 4096})
+
+
 @pytest.mark.parametrize(
-    ("batch", "time", "heads", "far"),
-    [(1, 18, 1, {"t": (1 << 27) + 4096}), (3, 2, 1, {"b": (1 << 30) + 4096}), (1, 2, 3, {"h": (1 << 30) + 4096})],
-    ids=["time", "batch", "heads"],
+    ("name", "form"),
+    [
+        *((name, TIME) for name in ("scalar", "rwkv6", "phase_key_u", "key_u_norm")),
+        *(("rwkv6", form) for form in (BATCH, HEADS)),
+        *(("scalar", form) for form in (BATCH, HEADS)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "".join(x[-1]),
 )
-@FEWER
-def test_strides(plain, spec, batch, time, heads, far):
+def test_strides(plain, name, form):
     """An offset is a product of an index and a stride, which is below 2^31 itself."""
+    spec, (batch, time, heads, far) = NAMED[name], form
     inputs = inputs_of(INTERPRETER, spec, batch, time, heads=heads)
     run = Run(INTERPRETER, spec, inputs)
     moved = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hostile import BRIEF, FEWER, INTERPRETER, some
 from test_hostile_values import (
@@ -18,13 +19,14 @@ from test_hostile_values import (
     one_token,
     sequences_of_no_tokens,
 )
+from triton.runtime.interpreter import InterpreterBuilder
 
 import flagen
 
 
 @pytest.mark.parametrize("spec", RAW.values(), ids=lambda spec: spec.name)
 def test_decays_mixed_in_a_chunk(spec):
-    decays_mixed_in_a_chunk(INTERPRETER, spec)
+    decays_mixed_in_a_chunk(BRIEF, spec)
 
 
 @pytest.mark.parametrize("which", [2, 8], ids=lambda i: f"{EDGES[i]:g}")
@@ -63,17 +65,21 @@ def test_one_token(spec):
 
 @HIDDEN
 @pytest.mark.parametrize("name", ["raw", "raw_key", "raw_value"])
-def test_a_gate_that_is_nan(name):
+def test_a_gate_that_is_nan(name, monkeypatch):
+    # the interpreter has one maximum of floats, which keeps NaN; that of GPUs gives the other number unless asked
+    def larger_number(self, lhs, rhs):
+        return self.binary_op(lhs, rhs, np.fmax)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_maxnumf", larger_number)
     a_gate_that_is_nan(INTERPRETER, RAW[name])
 
 
-@pytest.mark.parametrize("factors", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("name", ["rwkv6"])
-def test_channels_of_any_size(name, factors):
-    channels_of_any_size(INTERPRETER, flagen.specs.get(name), factors)
-
-
-@pytest.mark.parametrize("which", ["huge query and key"])
-@pytest.mark.parametrize("name", ["gateloop", "linear", "mamba2"])
-def test_channels_of_any_size_of_other_kinds(name, which):
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        *(("rwkv6", which) for which in ("huge key", "huge query and value", "huge key and value", "tiny", "nothing")),
+        *((name, "huge query and key") for name in ("gateloop", "linear", "mamba2")),
+    ],
+)
+def test_channels_of_any_size(name, which):
     channels_of_any_size(INTERPRETER, flagen.specs.get(name), SIZES[which])
