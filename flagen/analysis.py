@@ -33,6 +33,7 @@ class Analysis:
     erase: "none"; "delta" if a, b and key are one vector u but for factors without the axis k, so that S_t = X_t + u
         (value - erase u^T X_t)^T: the roles are that u as key, the value with the key's factor, and the number erase;
         "householder" if a and b are such; else "general".
+    vector: the state is a vector, its channels the axis d; the decay is then none or scalar: one a channel.
     erase_previous: erase reads S_{t-1}, not what the decay leaves of it.
     normalizer, normalizer_gradient: f(n) and its derivative, over spec.NORM.
     """
@@ -51,6 +52,7 @@ class Analysis:
     exclusive: bool
     erase: str
     erase_previous: bool
+    vector: bool
     taylor: int
     normalizer: Expr | None
     normalizer_gradient: Expr | None
@@ -64,6 +66,8 @@ class Analysis:
         """Why the spec has no plan and no Triton kernels yet, or ""; it then runs as chunkwise PyTorch on every
         device.
         """
+        if self.vector:
+            return "there are no Triton kernels for a vector state yet"
         if self.erase != "none":
             return "there are no Triton kernels for erase yet"
         return "there are no Triton kernels for l2norm yet" if self.units else ""
@@ -155,6 +159,7 @@ def _analysis(spec: Spec, derivative: Callable[[str, Expr, Input], Expr]) -> Ana
         is_complex=spec.phase is not None,
         exclusive=spec.bonus is not None,
         erase=erase_kind({role: fold(expr) for role, expr in spec.roles}),
+        vector=spec.vector,
         erase_previous=spec.erase_reads == "previous",
         taylor=spec.taylor,
         normalizer=normalizer,

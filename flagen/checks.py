@@ -31,7 +31,9 @@ MAX_FLOAT = sys.float_info.max
 
 
 class Sizes(NamedTuple):
-    """Of a call: batch, tokens, heads (the largest count), channels, sequences. `wide`: an input is fp64."""
+    """Of a call: batch, tokens, heads (the largest count), channels, sequences. `wide`: an input is fp64. A channel of
+    a vector state counts as a head of one key and one value channel.
+    """
 
     B: int
     T: int
@@ -54,7 +56,7 @@ class Checks:
         self.declared = analysis.inputs
         # without a time axis b counts sequences, which with cu_seqlens are not the batch
         self.axes = tuple(one.axes if "t" in one.axes else one.axes.replace("b", "n") for one in analysis.inputs)
-        self.complex = analysis.is_complex
+        self.complex, self.vector = analysis.is_complex, analysis.vector
         self.parts = 2 if analysis.normalizer is not None else 1
         self.max_key = max_key(analysis.spec)
 
@@ -76,11 +78,11 @@ class Checks:
                     heads.append(n)
                 elif size.setdefault(axis, n) != n:
                     refuse(self.name, self.declared, self.axes, tensors, cu_seqlens)
-        most = max(heads)
+        most = size["d"] if self.vector else max(heads)
         for n in heads:
             if n != most and (not n or most % n):
                 refuse(self.name, self.declared, self.axes, tensors, cu_seqlens)
-        batch, tokens, key, value = size["b"], size["t"], size["k"], size["v"]
+        batch, tokens, key, value = size["b"], size["t"], size.get("k", 1), size.get("v", 1)
         sequences = batch if cu_seqlens is None else self._sequences(cu_seqlens, first, batch)
         if size.get("n", sequences) != sequences:
             refuse(self.name, self.declared, self.axes, tensors, cu_seqlens)
@@ -206,7 +208,7 @@ class Checks:
         else:
             parts = (state,)
         rows = sizes.K if not self.analysis.taylor else count(sizes.K, self.analysis.taylor)
-        want = (sizes.N, sizes.H, rows, sizes.V)
+        want = (sizes.N, sizes.H) if self.vector else (sizes.N, sizes.H, rows, sizes.V)
         dtype = state_dtype(sizes.wide, self.complex)
         for i, x in enumerate(parts):
             if not isinstance(x, Tensor):
@@ -221,9 +223,10 @@ class Checks:
         self, what: str, x: Tensor, want: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> NoReturn:
         rows = "F" if self.analysis.taylor else "K"
-        form = f"[N, H, {rows}, V]" if len(want) == 4 else f"[N, H, {rows}]"
+        form = {4: f"[N, H, {rows}, V]", 3: f"[N, H, {rows}]", 2: "[N, D]"}[len(want)]
         if tuple(x.shape) != want:
-            notes = ["N is the batch size, or the number of sequences of cu_seqlens", "H the largest number of heads"]
+            notes = ["N is the batch size, or the number of sequences of cu_seqlens"]
+            notes.append("D the number of channels" if self.vector else "H the largest number of heads")
             if self.analysis.taylor:
                 notes.append(f"F the rows of taylor({self.analysis.taylor})")
             raise ValueError(

@@ -77,18 +77,21 @@ def show(arguments: argparse.Namespace) -> int:
     from .plan import make_plan
 
     spec, shape = find_spec(arguments.spec), arguments.shape
+    shape = shape | {"D": shape["H"] * shape["V"]} if spec.vector else shape
     analysis = analyse(spec)
     print(spec.name)
     for line in spec.equations:
         print(f"    {line}")
-    print(f"\ninputs at B={shape['B']} T={shape['T']} H={shape['H']} K={shape['K']} V={shape['V']}")
+    channels = f" D={shape['D']}" if spec.vector else f" H={shape['H']} K={shape['K']} V={shape['V']}"
+    print(f"\ninputs at B={shape['B']} T={shape['T']}{channels}")
     roles = {one: [role for role, expr in spec.roles if one in expr.inputs] for one in spec.inputs}
     for one in spec.inputs:
         sizes = ", ".join(str(shape[axis.upper()]) for axis in one.axes)
         print(f"    {one.name:8} {' '.join(one.axes):10} [{sizes}]{'':2}in {', '.join(roles[one])}")
     for scalar in spec.scalars:
         print(f"    {scalar.name:8} a number, by keyword")
-    print(f"    {'scale':8} {'K ** -0.5' if spec.scale is None else f'{spec.scale:g}'} by default")
+    default = "1" if spec.vector else "K ** -0.5"
+    print(f"    {'scale':8} {default if spec.scale is None else f'{spec.scale:g}'} by default")
     _show_state(analysis, shape)
     print(f"\ndecay: {decay_text(analysis)}")
     if analysis.erase != "none":
@@ -108,7 +111,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def decay_text(analysis: Analysis) -> str:
     """The kind of decay in words."""
-    text = DECAYS[analysis.decay]
+    text = DECAYS[analysis.decay] if not analysis.vector or analysis.decay == "none" else "one per channel"
     if analysis.decay != "none":
         text += " and token" if analysis.decay_varies else ", the same for all tokens"
     if analysis.decay_low is not None and analysis.decay != "none":
@@ -121,6 +124,9 @@ def _show_state(analysis: Analysis, shape: dict[str, int]) -> None:
 
     spec, rows = analysis.spec, count(shape["K"], analysis.taylor) if analysis.taylor else shape["K"]
     kind = "complex64" if spec.phase is not None else "fp32"
+    if spec.vector:
+        print(f"    state    {kind} [{shape['B']}, {shape['D']}]")
+        return
     print(f"    state    {kind} [{shape['B']}, {shape['H']}, {rows}, {shape['V']}]", end="")
     print(f", and [{shape['B']}, {shape['H']}, {rows}]" if spec.normalizer is not None else "")
 

@@ -98,7 +98,11 @@ def assert_close(
 def kind_of(spec: Spec, one: Input) -> str:
     """The kind in TOLERANCES of the gradient of an input."""
     axes = set(one.axes)
-    summed = any(one in expr.inputs and set(ROLE_AXES[role]) - axes for role, expr in spec.roles if role in ROLE_AXES)
+    summed = any(
+        one in expr.inputs and set("btd" if spec.vector else ROLE_AXES[role]) - axes
+        for role, expr in spec.roles
+        if role in ROLE_AXES
+    )
     return "gate" if summed or one in gates(spec) else "gradient"
 
 

@@ -131,6 +131,10 @@ def _make(spec: Spec, chunk_size: int | None, backend: str, input_precision: str
         make_plan(analysis)  # raises, and says why
 
     def torch_backend() -> Any:
+        if analysis.vector:
+            from .torch_vector import VectorBackend
+
+            return VectorBackend(analysis)
         from .torch_backend import TorchBackend
 
         return TorchBackend(analysis, chunk_size)

@@ -11,7 +11,7 @@ from .expr import ATOM, LEVELS, OPERAND_LEVELS, Call, Expr, Input, Leaf, Number,
 if TYPE_CHECKING:
     from .spec import Spec
 
-_SIZES = {"b": "B", "t": "T", "h": "H", "k": "K", "v": "V"}
+_SIZES = {"b": "B", "t": "T", "h": "H", "k": "K", "v": "V", "d": "D"}
 _GREEK = {
     "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
     "pi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega",
@@ -25,7 +25,8 @@ def describe(spec: Spec) -> str:
     lines.append(f"  inputs: {', '.join(inputs)}")
     if spec.scalars:
         lines.append(f"  scalars: {', '.join(scalar.name for scalar in spec.scalars)}")
-    lines.append(f"  scale: {'K ** -0.5' if spec.scale is None else f'{spec.scale:g}'} by default")
+    default = "1" if spec.vector else "K ** -0.5"
+    lines.append(f"  scale: {default if spec.scale is None else f'{spec.scale:g}'} by default")
     return "\n".join(lines)
 
 
@@ -37,6 +38,8 @@ def _bounds(one: Input) -> str:
 def plain(spec: Spec) -> list[str]:
     """The recurrence, a line per equation. Inputs with a time axis carry _t."""
     write = _Plain()
+    if spec.vector:
+        return _plain_vector(spec, write)
     query, key, value = write.vector(spec.query), write.vector(spec.key), write.vector(spec.value)
     if spec.taylor:
         key = f"f({write.text(spec.key)})"
@@ -63,6 +66,16 @@ def plain(spec: Spec) -> list[str]:
     if spec.taylor:
         lines.append(f"f(x)^T f(y) = {'1 + x^T y' if spec.taylor == 1 else '1 + x^T y + (x^T y)^2 / 2'}")
     return lines
+
+
+def _plain_vector(spec: Spec, write: _Plain) -> list[str]:
+    update = (
+        write.vector(spec.value) if spec.key == Number(1) else f"{write.vector(spec.key)} {write.vector(spec.value)}"
+    )
+    decay = _plain_decay(spec, write)
+    read = "h_t" if spec.query == Number(1) else f"{write.vector(spec.query)} h_t"
+    output = f"scale * {read}" if spec.phase is None else f"Re(scale * {read})"
+    return [f"h_t = {decay}{' ' * bool(decay)}h_{{t-1}} + {update}", f"o_t = {output}"]
 
 
 def _corrected(spec: Spec, decayed: str, previous: str, name: str) -> tuple[str, str, list[str]]:
@@ -120,6 +133,8 @@ def _timed(one: Input) -> Expr:
 
 def latex(spec: Spec) -> str:
     """The recurrence in LaTeX: the lines of an aligned environment, with & before each relation."""
+    if spec.vector:
+        return _latex_of_vector(spec)
     key, value = _vector_latex(spec.key), _vector_latex(spec.value)
     if spec.taylor:
         key = rf"f({_latex(spec.key)[0]})"
@@ -151,6 +166,19 @@ def latex(spec: Spec) -> str:
         square = r" + \tfrac{1}{2} (x^{\top} y)^2" if spec.taylor == 2 else ""
         lines.append(rf"f(x)^{{\top}} f(y) &= 1 + x^{{\top}} y{square}")
     return " \\\\\n".join(lines)
+
+
+def _latex_of_vector(spec: Spec) -> str:
+    """Products are taken channel by channel, as its circled dots say."""
+
+    def times(*factors: str) -> str:
+        return r" \odot ".join(factor for factor in factors if factor)
+
+    key, query = ("" if expr == Number(1) else _vector_latex(expr) for expr in (spec.key, spec.query))
+    read = rf"s\, {times(query, 'h_t')}"
+    output = read if spec.phase is None else rf"\operatorname{{Re}}\left({read}\right)"
+    update = times(key, _vector_latex(spec.value))
+    return f"h_t &= {times(_latex_decay(spec), 'h_{t-1}')} + {update} \\\\\no_t &= {output}"
 
 
 def _latex_decay(spec: Spec) -> str:

@@ -14,6 +14,7 @@ from typing import TypeGuard
 from .errors import SpecError, shown
 
 AXES = "bthkv"  # batch, time, head, key channel, value channel: the order in which a tensor lists its axes
+VECTOR = "d"  # a channel of a state that is a vector, beside b and t alone
 INDICES = ("head", "heads")
 
 # name -> number of arguments; what a user may write. Their text and derivatives are in functions.py.
@@ -131,7 +132,7 @@ class Expr:
         found = {axis for node in self.inputs for axis in node.axes}
         if any(isinstance(node, Index) and node.name == "head" for node in self.walk()):
             found.add("h")
-        return "".join(axis for axis in AXES if axis in found)
+        return "".join(axis for axis in AXES + VECTOR if axis in found)
 
     @property
     def is_constant(self) -> bool:
@@ -184,6 +185,7 @@ class Scalar(Leaf):
 class Input(Leaf):
     """A tensor argument. `axes` are einops letters in the order b t h k v, such as "b t h k"; kept without spaces.
 
+    Those of a recurrence whose state is a vector are b t d, d its channels.
     `low` and `high` declare bounds on its values that the analysis may use.
     """
 
@@ -272,14 +274,14 @@ def _checked_axes(name: str, axes: object) -> str:
         )
     letters = axes.replace(" ", "")
     for letter in letters:
-        if letter not in AXES:
+        if letter not in AXES + VECTOR:
             raise SpecError(
                 f"Input {name!r}: unknown axis {letter!r} in {shown(axes)}; the axes are b (batch), t (time), "
-                "h (head), k (key channel) and v (value channel)"
+                "h (head), k (key channel) and v (value channel), or of a vector state b, t and d (channel)"
             )
     if len(set(letters)) < len(letters):
         raise SpecError(f"Input {name!r}: {shown(axes)} repeats an axis; give each axis once")
-    ordered = "".join(letter for letter in AXES if letter in letters)
+    ordered = "".join(letter for letter in AXES + VECTOR if letter in letters)
     if letters != ordered:
         raise SpecError(f"Input {name!r}: axes {shown(axes)} are out of order; write {' '.join(ordered)!r}")
     return letters

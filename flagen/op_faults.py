@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .expr import Input
 
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-SIZES = {"b": "B", "n": "N", "t": "T", "h": "H", "k": "K", "v": "V"}
+SIZES = {"b": "B", "n": "N", "t": "T", "h": "H", "k": "K", "v": "V", "d": "D"}
 
 
 def is_dense(x: Any) -> bool:

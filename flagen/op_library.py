@@ -62,8 +62,9 @@ class Operators:
         self.analysis = analysis
         self.checks = checks
         self.normalized = analysis.normalizer is not None
-        # where the counts of heads stand
-        self.heads = [(i, axes.index("h")) for i, axes in enumerate(checks.axes) if "h" in axes]
+        # where the counts of heads stand, which for a vector state are its channels
+        head = "d" if analysis.vector else "h"
+        self.heads = [(i, axes.index(head)) for i, axes in enumerate(checks.axes) if head in axes]
         self.output = analysis.inputs.index(analysis.spec.value.inputs[0])  # whose dtype is the output's
         self._makers = {False: torch_backend, True: triton_backend}
         self._backends: dict[bool, Any] = {}
@@ -254,18 +255,21 @@ class Operators:
         for x, axes in zip(inputs, self.checks.axes, strict=True):
             for axis, n in zip(axes, x.shape, strict=True):
                 size[axis] = n if axis != "h" else max(n, size["h"])
+        if self.analysis.vector:
+            return size["b"], size["t"], size["d"], 1, 1
         return size["b"], size["t"], size["h"], size["k"], size["v"]
 
     def _output_like(self, inputs: Sequence[Tensor]) -> Tensor:
         B, T, H, _, V = self._sizes(inputs)
-        return inputs[self.output].new_empty((B, T, H, V))
+        return inputs[self.output].new_empty((B, T, H) if self.analysis.vector else (B, T, H, V))
 
     def _states_like(self, inputs: Sequence[Tensor], cu_seqlens: Tensor | None) -> list[Tensor]:
         B, _, H, K, V = self._sizes(inputs)
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         F = count(K, self.analysis.taylor) if self.analysis.taylor else K
         wide = any(x.dtype is torch.float64 for x in inputs)
-        states = [inputs[0].new_empty((N, H, F, V), dtype=state_dtype(wide, self.analysis.is_complex))]
+        shape = (N, H) if self.analysis.vector else (N, H, F, V)
+        states = [inputs[0].new_empty(shape, dtype=state_dtype(wide, self.analysis.is_complex))]
         if self.normalized:
             states.append(inputs[0].new_empty((N, H, F), dtype=state_dtype(wide, False)))
         return states

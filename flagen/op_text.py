@@ -74,15 +74,18 @@ def short_step(spec: Spec) -> str:
 def call_doc(spec: Spec) -> str:
     """The docstring of the op."""
     equations = "\n".join(f"    {line}" for line in spec.equations)
-    scale = "K ** -0.5" if spec.scale is None else f"{spec.scale:g}"
+    scale = f"{spec.scale:g}" if spec.scale is not None else "1" if spec.vector else "K ** -0.5"
+    sizes = ["device, of any strides."]
+    if not spec.vector:
+        sizes = ["device, of any strides. H is the largest number of heads; a tensor may have any divisor of it."]
+        sizes.append(f"K is at most {max_key(spec)}, V {MAX_CHANNELS}.")
     lines = [
         short_call(spec),
         "",
         equations,
         "",
         "Tensors are float16, bfloat16 or float32, mixed at will (float64 where PyTorch runs it, not Triton), on one",
-        "device, of any strides. H is the largest number of heads; a tensor may have any divisor of it.",
-        f"K is at most {max_key(spec)}, V {MAX_CHANNELS}.",
+        *sizes,
         "",
         *(f"{one.name}: {symbols(one.axes)}{_bounds(one)}, {_meaning(spec, one)}." for one in spec.inputs),
         *(f"{one.name}: a number, required." for one in spec.scalars),
@@ -94,9 +97,10 @@ def call_doc(spec: Spec) -> str:
     ]
     if any("b" in one.axes and "t" not in one.axes for one in spec.inputs):
         lines.append("    Tensors with the axis B and without T then have a row per sequence.")
+    output = "[B, T, D]" if spec.vector else "[B, T, H, V]"
     lines += [
         "",
-        f"Returns o [B, T, H, V], in the dtype of {spec.value.inputs[0].name}, and the final state or None.",
+        f"Returns o {output}, in the dtype of {spec.value.inputs[0].name}, and the final state or None.",
         "Every tensor and initial_state get a gradient, from o and from the final state, but no second derivative.",
         "Raises ValueError and TypeError on arguments that do not fit, before anything runs.",
     ]
@@ -111,7 +115,7 @@ def step_doc(spec: Spec) -> str:
             "",
             f"One token of {spec.name}. Tensors as for the op, with T = 1. No gradient.",
             f"state: {_state(spec)}, updated in place.",
-            "Returns o [B, 1, H, V].",
+            f"Returns o {'[B, 1, D]' if spec.vector else '[B, 1, H, V]'}.",
         )
     )
 
@@ -131,7 +135,9 @@ def _pair(spec: Spec) -> bool:
 def _state(spec: Spec) -> str:
     kind = "complex64" if spec.phase is not None else "float32"
     wide = "complex128" if spec.phase is not None else "float64"
-    if not _pair(spec):
+    if spec.vector:
+        form = f"[N, D] {kind}"
+    elif not _pair(spec):
         form = f"[N, H, {'F' if spec.taylor else 'K'}, V] {kind}"
     else:
         rows = "F" if spec.taylor else "K"

@@ -3,6 +3,8 @@
     S_t = exp(log_decay_t + i phase_t) * S_{t-1} + key_t value_t^T,    o_t = Re(query_t^T S_t)
     with erase=(a, b):    S_t = X_t - b_t (a_t^T X_t) + key_t value_t^T,    X_t = exp(log_decay_t) * S_{t-1}
 
+A vector state is the same with a head of one key and one value channel for each of its channels, the axis d.
+
 It is made from the spec alone and shares nothing with the kernels but the evaluation of expressions, so that it can
 judge them. Gradients are autograd's. Every option is one of a few rewrites of the same recurrence: the scale multiplies
 query, a normaliser is one more column of ones in value, a Taylor map makes longer queries and keys, a phase makes the
@@ -65,14 +67,15 @@ def run(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     segment: int | None = None,
 ) -> tuple[Tensor, State | None]:
-    """The output [B, T, H, V] in the dtype of value's first input, and the state after the last token or None.
+    """The output [B, T, H, V] (a vector state: [B, T, D]) in the dtype of value's first input, and the state after the
+    last token or None.
 
     inputs: tensors in the order of spec.inputs, on one device, of any float dtype; computed in fp64 if any is fp64,
         else in fp32. An input's heads may be any divisor of the largest number of heads.
     scalars: the numbers that the spec's Scalars stand for, by name. scale: None for the spec's, or K ** -0.5.
     initial_state: [N, H, K, V], complex with a phase, over the expanded features with taylor; with normalize the pair
-        of that and of [N, H, K]. None is zero. The final state has the same form, in fp32 (complex64), or fp64 if an
-        input is.
+        of that and of [N, H, K]; a vector state is [N, D]. None is zero. The final state has the same form, in fp32
+        (complex64), or fp64 if an input is.
     cu_seqlens: [N + 1] bounds of sequences in one row (B = 1), from 0 to at most T; tokens past the last give zero.
         Inputs with the axis b and without t then have a row per sequence.
     segment: tokens between the states that autograd keeps; those between are computed again in the backward, so that
@@ -100,9 +103,12 @@ def run(
             past = roles.value.new_zeros(sizes["t"] - limits[-1], 1, sizes["h"], roles.value.shape[-1])
             o, state = torch.cat([*(o for o, _ in runs), past]), torch.cat([state for _, state in runs])
         o = _normalized(spec, o, sizes["h"], None if limits is None else limits[-1])
+        o = o.squeeze(-1) if spec.vector else o
         o = o.transpose(0, 1).to(inputs[spec.inputs.index(spec.value.inputs[0])].dtype)
     if not output_final_state:
         return o, None
+    if spec.vector:
+        return o, state.flatten(1)
     return o, state if spec.normalizer is None else (state[..., :-1], state[..., -1])
 
 
@@ -251,7 +257,7 @@ def _values(spec: Spec, inputs: Sequence[Tensor], scalars: Mapping[str, float], 
         found[scalar.name] = float(scalars[scalar.name])
     for declared, x in zip(spec.inputs, inputs, strict=True):
         x = x.to(dtype)
-        for i, axes in enumerate(("b", "t", "h", "kv")):
+        for i, axes in enumerate(("b", "t", "hd", "kv")):
             if not set(axes) & set(declared.axes):
                 x = x.unsqueeze(i)
         if limits is not None and "t" in declared.axes:
@@ -275,6 +281,8 @@ def _states(
     if given is None:
         return torch.zeros(shape, dtype=dtype, device=roles.value.device)
     parts = (given,) if isinstance(given, Tensor) else tuple(given)
+    if spec.vector:
+        shape = shape[:2]
     wanted = [shape] if spec.normalizer is None else [(*shape[:-1], shape[-1] - 1), shape[:-1]]
     if [tuple(x.shape) for x in parts] != wanted:
         form = "one tensor" if spec.normalizer is None else "a pair of tensors (S, z)"
@@ -282,6 +290,8 @@ def _states(
             f"{spec.name}: initial_state must be {form} of shape {' and '.join(map(str, wanted))}, "
             f"got {' and '.join(str(tuple(x.shape)) for x in parts)}"
         )
+    if spec.vector:
+        return parts[0].to(dtype)[..., None, None]
     columns = [x if x.dim() == 4 else x.unsqueeze(-1) for x in parts]
     return torch.cat([x.to(dtype) for x in columns], -1)
 
@@ -296,7 +306,11 @@ def _sizes(spec: Spec, inputs: Sequence[Tensor], limits: list[int] | None) -> di
             raise ValueError(
                 f"{spec.name}: {declared.name} must have the axes {' '.join(declared.axes)}, got shape {tuple(x.shape)}"
             )
-    heads = max(x.shape[one.axes.index("h")] for one, x in zip(spec.inputs, inputs, strict=True) if "h" in one.axes)
+    heads = (
+        max(x.shape[one.axes.index("h")] for one, x in zip(spec.inputs, inputs, strict=True) if "h" in one.axes)
+        if not spec.vector
+        else 1
+    )
     found: dict[str, tuple[int, str]] = {"h": (heads, "")}
     for declared, x in zip(spec.inputs, inputs, strict=True):
         for axis, size in zip(declared.axes, x.shape, strict=True):
@@ -313,6 +327,8 @@ def _sizes(spec: Spec, inputs: Sequence[Tensor], limits: list[int] | None) -> di
                     f"{spec.name}: {declared.name} has the size {size} in its axis {axis}, by {other} it must be "
                     f"{wanted}"
                 )
+    if spec.vector:
+        found |= {"h": found["d"], "k": (1, ""), "v": (1, "")}
     sizes = {axis: size for axis, (size, _) in found.items()} | ({"b": 1} if limits is not None else {})
     if limits is not None and limits[-1] > sizes["t"]:
         raise ValueError(f"{spec.name}: cu_seqlens ends at {limits[-1]}, beyond the {sizes['t']} tokens; shorten it")

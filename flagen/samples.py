@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from . import reference
-from .expr import AXES, ROW_FUNCTIONS, Call, Expr, Input, substitute
+from .expr import AXES, ROW_FUNCTIONS, VECTOR, Call, Expr, Input, substitute
 from .functions import evaluate
 from .intervals import interval
 from .rank_one import erase_kind
@@ -73,7 +73,7 @@ def make_inputs(
     scalars: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """A tensor for each input of `spec`, by name and in its order; inputs and seed decide the values, not device or
-    dtype.
+    dtype. A vector state has H * V channels.
 
     gate_dtype: of the inputs of log_decay and phase; None for `dtype`. heads: the head count of inputs that have fewer
         than H.
@@ -88,7 +88,7 @@ def make_inputs(
     found = {}
     for one in spec.inputs:
         rows = B if N is None or "t" in one.axes else N
-        sizes = {"b": rows, "t": T, "h": (heads or {}).get(one.name, H), "k": K, "v": V}
+        sizes = {"b": rows, "t": T, "h": (heads or {}).get(one.name, H), "k": K, "v": V, "d": H * V}
         values = draws[one].make(_normal(one, [sizes[axis] for axis in one.axes], seed))
         if one in erasing and "k" in one.axes and math.isinf(draws[one].low) and math.isinf(draws[one].high):
             values = values * (norm * K**-0.5)
@@ -258,11 +258,12 @@ def _is_proven(expr: Expr, draws: Mapping[Input, Draw]) -> bool:
 
 def _sampled(expr: Expr, draws: Mapping[Input, Draw], scalars: Mapping[str, float]) -> Tensor:
     """The expression's values for some small inputs, five axes each."""
-    sizes = {"b": 2, "t": 32, "h": 4, "k": 4, "v": 4}
+    sizes = {"b": 2, "t": 32, "h": 4, "k": 4, "v": 4, "d": 4}
     values: dict[str, Tensor | float] = {"head": torch.arange(4.0, dtype=torch.float64).view(4, 1, 1), **scalars}
     for one in expr.inputs:
         drawn = draws[one].make(_normal(one, [sizes[axis] for axis in one.axes], seed=17)).double()
-        values[one.name] = drawn.view([sizes[axis] if axis in one.axes else 1 for axis in AXES])
+        axes = one.axes.replace(VECTOR, "h")  # a channel of a vector state is as a head
+        values[one.name] = drawn.view([sizes[axis] if axis in axes else 1 for axis in AXES])
     value = evaluate(expr, values, 4, channel=AXES.index("k") - len(AXES))
     return value if isinstance(value, Tensor) else torch.tensor(float(value))
 

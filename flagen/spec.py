@@ -3,6 +3,7 @@
     S_t = exp(log_decay_t + i phase_t) * S_{t-1} + key_t value_t^T
     o_t = Re(query_t^T S_t)
     erase=(a, b):    S_t = X_t - b_t (a_t^T X_t) + key_t value_t^T,    X_t = exp(log_decay_t) * S_{t-1}
+    with the axis d: h_t = exp(log_decay_t + i phase_t) * h_{t-1} + key_t * value_t,    o_t = Re(query_t * h_t)
 
 A spec is a frozen value: equal specs compare equal, hash equal and print the same. Every mistake is caught here, when
 the spec is declared; validate.py holds the rules.
@@ -14,9 +15,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import equations, exchange, validate, validate_erase
+from . import equations, exchange, validate, validate_erase, validate_vector
 from .errors import SpecError
-from .expr import FEATURE, NORM, Expr, Input, Operand, Scalar, Taylor, k, q, substitute, taylor, to_text, v
+from .expr import (
+    FEATURE,
+    NORM,
+    VECTOR,
+    Expr,
+    Input,
+    Number,
+    Operand,
+    Scalar,
+    Taylor,
+    k,
+    q,
+    substitute,
+    taylor,
+    to_text,
+    v,
+)  # fmt: skip
 from .validate import EPS, SpecWarning
 
 __all__ = ["EPS", "FEATURE", "NORM", "ROLES", "Spec", "SpecWarning", "Taylor", "default_inputs", "taylor"]
@@ -30,7 +47,8 @@ class Spec:
     """The recurrence of a model.
 
     name: [a-z][a-z0-9_]*, at most 41 characters, the prefix of every generated name.
-    query, key, value: expressions over `b t h k`, `b t h k` and `b t h v`; by default the inputs q, k and v.
+    query, key, value: expressions over `b t h k`, `b t h k` and `b t h v`; by default the inputs q, k and v. If value
+        is over `b t d`, the state is a vector, all roles are over some of `b t d`, and query and key are 1 by default.
     log_decay: natural log of the decay per step; over any of `b t h` and at most one of `k`, `v`. None: no decay.
     phase: angle of the decay per step in radians, over any of `b t h k`.
     bonus: the output reads S_{t-1} + diag(bonus) key value^T instead of S_t; over any of `b t h k`.
@@ -89,6 +107,10 @@ class Spec:
         self._set("name", name)
         self._set("bare_query", roles["query"])
         self._set("bare_key", roles["key"])
+        if roles["value"] is not None and VECTOR in roles["value"].axes:
+            roles |= {role: Number(1) for role, default in (("query", q), ("key", k)) if roles[role] == default}
+            self._set("bare_query", roles["query"])
+            self._set("bare_key", roles["key"])
         for role, expr in roles.items():
             if isinstance(feature, Expr) and role in ("query", "key") and expr is not None:
                 expr = substitute(feature, {FEATURE: expr})
@@ -101,6 +123,7 @@ class Spec:
         self._set("scale", validate.scale(name, scale))
         self._set("inputs", ())
         validate.check_roles(self)
+        validate_vector.check_vector(self)
         validate_erase.check_erase(self)
         validate_erase.check_rows(self)
         self._set("inputs", validate.ordered_inputs(name, default_inputs(self), inputs))
@@ -108,6 +131,11 @@ class Spec:
 
     def _set(self, attribute: str, value: Any) -> None:
         object.__setattr__(self, attribute, value)
+
+    @property
+    def vector(self) -> bool:
+        """Whether the state is a vector: the axis d."""
+        return VECTOR in self.value.axes
 
     @property
     def erase_a(self) -> Expr | None:

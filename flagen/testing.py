@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import reference
 from .compare import HEADER, TOLERANCES, WORST_ROW, Error, Report, Row, assert_close, kind_of, limit_of, measure, row
+from .expr import VECTOR
 from .samples import LAYOUTS, arranged, gates, make_inputs, make_scalars, make_state
 
 if TYPE_CHECKING:
@@ -170,13 +171,18 @@ def _sizes_of(spec: Spec, inputs: Mapping[str, Tensor]) -> tuple[int, int, int, 
             raise ValueError(
                 f"{spec.name}: inputs lacks {one.name!r}; give all of {', '.join(x.name for x in spec.inputs)}"
             )
-        for axis, size in zip(one.axes, inputs[one.name].shape, strict=True):
+        for axis, size in zip(_heads_for_channels(one), inputs[one.name].shape, strict=True):
             if axis != "b" or "t" in one.axes:
                 found[axis] = max(found[axis], size) if axis == "h" else size
     return tuple(found[axis] for axis in "bthkv")
 
 
 SMALL = 0.01  # a gate's gradient that is smaller than so much of the terms is compared with that
+
+
+def _heads_for_channels(one: Input) -> str:
+    """The axes, with a channel of a vector state as a head of one key and one value channel."""
+    return one.axes.replace(VECTOR, "h")
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,9 +286,9 @@ def compared(case: Case, got: Results, want: Results) -> list[Row]:
         if y is None:
             continue
         limit = max(limit_of(kind, kind_of(spec, one)) for kind in (dtype, given.dtype))
-        how = {"channels": one.axes[-1] in "kv", "floor": _floor(case, one, y, want.rate)}
+        how = {"channels": one.axes[-1] in "kvd", "floor": _floor(case, one, y, want.rate)}
         found = row(f"d {one.name}", x, y, limit, **how)
-        if not found.ok and not found.fault and not set("bth") <= set(one.axes):
+        if not found.ok and not found.fault and not set("bth") <= set(_heads_for_channels(one)):
             how["floor"] = max(how["floor"], _terms(case, one))
             found = row(f"d {one.name}", x, y, limit, **how)
         rows.append(found)
@@ -318,6 +324,7 @@ def _terms(case: Case, one: Input) -> float:
     relative to itself tells of the luck of the draw only: it is large in any precision.
     """
     axes = [axis for axis in "bthkv" if axis in "bth" or axis in one.axes]
+    axes = axes if not case.spec.vector else list("btd")
     data = json.loads(case.spec.to_json())
     for entry in data["inputs"]:
         if entry["name"] == one.name:
@@ -329,23 +336,24 @@ def _terms(case: Case, one: Input) -> float:
     wide = dataclasses.replace(case, spec=type(case.spec).from_json(json.dumps(data)), inputs=inputs)
     terms = wide.reference(None).d_inputs[place]
     squares = torch.autograd.grad(spread, given, terms.square())[0]
-    return float((squares.sum(-1) if one.axes[-1] in "kv" else squares).mean().sqrt())
+    return float((squares.sum(-1) if one.axes[-1] in "kvd" else squares).mean().sqrt())
 
 
 def _spread(x: Tensor, one: Input, case: Case) -> Tensor:
     """`x` with every one of the axes b, t and h, each of its full size."""
     named = zip(case.spec.inputs, case.inputs, strict=True)
+    axes = _heads_for_channels(one)
     B, T, H, _, _ = _sizes_of(case.spec, {declared.name: tensor for declared, tensor in named})
     limits = case.options["cu_seqlens"]
-    if limits is not None and "b" in one.axes and "t" not in one.axes:
+    if limits is not None and "b" in axes and "t" not in axes:
         # a row per sequence becomes a row per token; those past the last sequence count for nothing
         lengths = [*limits.diff().tolist(), T - int(limits[-1])]
         numbers = torch.arange(len(lengths)).clamp(max=len(x) - 1).repeat_interleave(torch.tensor(lengths))
         x = x[numbers.to(x.device)].unsqueeze(0)
     else:
-        x = x if "b" in one.axes else x.unsqueeze(0)
-        x = x if "t" in one.axes else x.unsqueeze(1)
-    x = x if "h" in one.axes else x.unsqueeze(2)
+        x = x if "b" in axes else x.unsqueeze(0)
+        x = x if "t" in axes else x.unsqueeze(1)
+    x = x if "h" in axes else x.unsqueeze(2)
     x = x.repeat_interleave(H // x.shape[2], 2)
     return x.expand(B, T, *x.shape[2:])
 

@@ -19,6 +19,7 @@ from .expr import (
     MAX_TEXT,
     NORM,
     ROW_FUNCTIONS,
+    VECTOR,
     Call,
     Expr,
     Input,
@@ -50,8 +51,7 @@ _KERNEL_NAMES = """
     alone need_decay adjoints shape block
 """
 KERNEL_NAMES = frozenset(_KERNEL_NAMES.split())
-AXES_OF = {"query": "bthk", "key": "bthk", "value": "bthv", "phase": "bthk", "bonus": "bthk", "erase_a": "bthk",
-           "erase_b": "bthk"}  # fmt: skip
+AXES_OF = dict.fromkeys(("query", "key", "phase", "bonus", "erase_a", "erase_b"), "bthk") | {"value": "bthv"}
 
 
 class SpecWarning(UserWarning):
@@ -101,9 +101,7 @@ def check_argument_name(spec: str, name: str) -> None:
 
 def _is_taken(name: str) -> bool:
     """Whether generated text has the name, or names made like it."""
-    made = (
-        re.match(r"([bpiom]|G)_", name) or re.search(r"_(s[bthp]|kernel)$", name) or re.fullmatch(r"(c|unit)\d+", name)
-    )
+    made = re.match(r"([bpiom]|G)_|(c|unit)\d+\Z", name) or re.search(r"_(s[bthp]|kernel)$", name)
     return bool(made) or name in KERNEL_NAMES
 
 
@@ -264,7 +262,8 @@ def check_roles(spec: Spec) -> None:
     _check_names(spec)
     for role, expr in spec.roles:
         check_expr(f"{spec.name}: {role}", expr)  # again: a feature map may have made query and key larger
-        _check_axes(spec.name, role, expr)
+        if VECTOR not in spec.value.axes:
+            _check_axes(spec.name, role, expr)
     _check_combinations(spec)
     if spec.log_decay is not None and interval(spec.log_decay).is_positive:
         raise SpecError(

@@ -105,7 +105,7 @@ EVERY_SHIPPED = [specs.get(name) for name in specs.names()]
 SHIPPED = [spec for spec in EVERY_SHIPPED if not analyse(spec).without_kernels]
 ALL = SHIPPED + _combinations()
 # what the torch backend alone runs
-WITHOUT_KERNELS = [spec for spec in EVERY_SHIPPED if spec not in SHIPPED] + _erasing()
+WITHOUT_KERNELS = [spec for spec in EVERY_SHIPPED if spec not in SHIPPED and not spec.vector] + _erasing()
 
 
 def make(spec, batch, time, heads_, key, value, *, sequences=None, groups=None, dtype=torch.float64, seed=0):

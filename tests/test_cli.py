@@ -111,7 +111,7 @@ def test_show_every_spec(capsys, name):
     spec = specs.get(name)
     assert all(line in out for line in spec.equations)
     for one in spec.inputs:
-        sizes = ", ".join(str({"b": 2, "t": 100, "h": 3, "k": 16, "v": 24}[axis]) for axis in one.axes)
+        sizes = ", ".join(str({"b": 2, "t": 100, "h": 3, "k": 16, "v": 24, "d": 72}[axis]) for axis in one.axes)
         assert f"[{sizes}]" in out
     analysis = analyse(spec)
     assert (f"{name}_fwd_kernel" if not analysis.without_kernels else f"none: {analysis.without_kernels}") in out

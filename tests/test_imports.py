@@ -28,7 +28,7 @@ LAYERS = (
     ("functions",),
     ("intervals", "parse"),
     ("validate",),
-    ("validate_erase",),
+    ("validate_erase", "validate_vector"),
     ("equations", "exchange"),
     ("spec",),
     ("specs", "peers"),

@@ -22,6 +22,7 @@ from flagen.analysis import analyse
 from flagen.op import Op
 from flagen.testing import make_inputs, make_scalars, make_state
 from flagen.torch_backend import TorchBackend
+from flagen.torch_vector import VectorBackend
 
 EVERY = pytest.mark.parametrize("name", specs.names())
 GPU = pytest.mark.gpu
@@ -37,7 +38,7 @@ class Spy:
     """A backend that keeps the names of the methods that were called, and the dtypes of inputs and states."""
 
     def __init__(self, analysis: Any) -> None:
-        self.inner = TorchBackend(analysis, 16)
+        self.inner = VectorBackend(analysis) if analysis.vector else TorchBackend(analysis, 16)
         self.calls: list[str] = []
         self.inputs: list[tuple[torch.dtype, ...]] = []
 

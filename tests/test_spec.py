@@ -52,8 +52,9 @@ def test_shipped_specs(name):
     assert spec.name == name
     assert specs.get(name) is spec
     assert Spec.from_json(spec.to_json()) == spec
-    assert str(spec).startswith(f"{name}\n    S_t = ")
-    assert "S_t &= " in spec.latex()
+    state = "h_t" if spec.vector else "S_t"
+    assert str(spec).startswith(f"{name}\n    {state} = ")
+    assert f"{state} &= " in spec.latex()
 
 
 def test_names_of_arguments_in_order():
@@ -73,6 +74,9 @@ def test_names_of_arguments_in_order():
         "kda": ["q", "k", "v", "g", "beta"],
         "comba": ["q", "k", "v", "g", "beta", "b", "d"],
         "rwkv7": ["r", "k", "v", "w", "a", "b"],
+        "hgrn": ["x", "g"],
+        "gateloop_elementwise": ["q", "k", "v", "g", "theta"],
+        "min_gru": ["x", "gate"],
     }
     assert [one.name for one in specs.get("transnormer").scalars] == ["layer", "layers"]
     assert [specs.get(name).scale for name in ("gla", "rwkv6", "mamba2", "gateloop")] == [None, 1, 1, 1]
