@@ -90,8 +90,8 @@ class Profile:
     heads: tuple[int, ...]
     chunks: tuple[int | None, ...]
     lengths: tuple[Callable[[int], int], ...]
-    builds: int
-    runs: int
+    builds: tuple[int, ...]
+    runs: tuple[int, ...]
     rows: bool
 
 
@@ -111,8 +111,8 @@ PROFILES = {
         heads=(1, 2, 3, 4, 6),
         chunks=(16, 32, None, 64),
         lengths=(*LENGTHS, lambda C: 5 * C + 3),
-        builds=2,
-        runs=2,
+        builds=(1, 2),
+        runs=(1, 2),
         rows=True,
     ),
     "interpreter": Profile(
@@ -128,8 +128,8 @@ PROFILES = {
         heads=(1, 2, 4),
         chunks=(16, 32, None),
         lengths=LENGTHS[:5],
-        builds=1,
-        runs=2,
+        builds=(1,),
+        runs=(1, 2),
         rows=False,
     ),
     "cuda": Profile(
@@ -144,8 +144,8 @@ PROFILES = {
         heads=(1, 2, 4, 6),
         chunks=(None, None, 16, 32, 64),
         lengths=(*LENGTHS, lambda C: 8 * C + 1, lambda C: 257, lambda C: 700),
-        builds=2,
-        runs=3,
+        builds=(1, 1, 1, 2),
+        runs=(1, 2),
         rows=False,
     ),
 }
@@ -158,9 +158,11 @@ def trials(profile: Profile) -> st.SearchStrategy[tuple[Trial, ...]]:
     def drawn(draw: Draw) -> tuple[Trial, ...]:
         spec = draw(specs(profile.rows))
         found: list[Trial] = []
-        for _ in range(one_of(draw, range(1, profile.builds + 1))):
+        for _ in range(one_of(draw, profile.builds)):
             build = _build(draw, spec, profile)
-            found += [Trial(spec, **build, **_run(draw, spec, profile, build)) for _ in _times(draw, profile.runs)]
+            found += [
+                Trial(spec, **build, **_run(draw, spec, profile, build)) for _ in range(one_of(draw, profile.runs))
+            ]
         return tuple(dict.fromkeys(found))
 
     return drawn()
@@ -169,10 +171,6 @@ def trials(profile: Profile) -> st.SearchStrategy[tuple[Trial, ...]]:
 def specs(rows: bool = True) -> st.SearchStrategy[Spec]:
     """A spec of the language. rows: whether with erase and l2norm."""
     return st.composite(drawn_spec)(rows)
-
-
-def _times(draw: Draw, most: int) -> range:
-    return range(one_of(draw, range(1, most + 1)))
 
 
 # --- the spec

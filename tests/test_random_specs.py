@@ -27,7 +27,7 @@ def test_a_difference_is_reported_with_the_smallest_spec():
     def judged(trial):
         return Outcome("differs", "o", "o  2.0") if trial.spec.bonus is not None else judge(trial)
 
-    profile = dataclasses.replace(PROFILES["cpu"], builds=1, runs=1)
+    profile = dataclasses.replace(PROFILES["cpu"], builds=(1,), runs=(1,))
     shown = r"differs: o\nimport torch\n(?s:.*)\n    bonus=[^\n]*,\n\)\ncheck\((?s:.*)o  2\.0"
     with pytest.raises(AssertionError, match=shown):
         hold(profile, 4, seed=2, judge=judged)
