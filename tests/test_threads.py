@@ -120,6 +120,8 @@ def test_scalars_of_one_thread_are_not_anothers(monkeypatch):
     op = flagen.compile("transnormer", chunk_size=16, backend="torch")
     x = [list(make_inputs(op.spec, **(SIZES | {"T": 3 + i})).values()) for i in range(THREADS)]
     want = [op(*x[i], layer=i, layers=THREADS + 1)[0] for i in range(THREADS)]
+    for i, o in enumerate(want):
+        torch.testing.assert_close(o, op.reference(*x[i], layer=i, layers=THREADS + 1)[0], atol=2e-5, rtol=2e-5)
 
     def run(i: int) -> bool:
         return all(torch.equal(op(*x[i], layer=i, layers=THREADS + 1)[0], want[i]) for _ in range(40))

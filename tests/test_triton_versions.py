@@ -69,7 +69,7 @@ def test_a_release_that_is_another_is_a_failure(tmp_path, capfd, monkeypatch):
     fake(tmp_path, "3.6.0", "__version__ = '3.5.1'")
     fake(tmp_path, "3.9.0", "raise ImportError('no wheel for this machine')")
     assert found_version("3.6.0", tmp_path) == "3.5.1"
-    assert main(["3.6.0", "3.9.0", "3.8.0", "--folder", str(tmp_path)]) == 1
+    assert main(["3.6.0", "3.9.0", "3.8.0", "--folder", str(tmp_path), "-k", "no_such_case"]) == 1
     out = capfd.readouterr().out
     assert "Triton 3.6.0: Triton 3.5.1, not 3.6.0" in out
     assert "Triton 3.9.0: Triton cannot be imported, not 3.9.0" in out
