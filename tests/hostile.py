@@ -86,7 +86,7 @@ def _kernels(spec: Spec, piece: int, cut: bool) -> Any:
     if cut:
         decided = backend.schedule
         backend.schedule = lambda inputs, sizes: dataclasses.replace(  # type: ignore[method-assign]
-            decided(inputs, sizes), fwd_L=piece, bwd_L=piece
+            decided(inputs, sizes), fwd_L=piece, bwd_L=piece, dq_L=piece
         )
     return backend
 
