@@ -312,7 +312,7 @@ def _floor(case: Case, one: Input, gradient: Tensor, rate: float) -> float:
         return rate / float(rows.mean().sqrt()) if x.any() else 0.0
     if not gradient.any():
         return rate
-    # a gate's gradient is what is read after a step less what was written after it: pairs on one side of the step cancel
+    # a gate's gradient is what is read after a step less what was written after it: pairs on one side of it cancel
     return SMALL * rate if one in gates(case.spec) else 0.0
 
 

@@ -470,4 +470,6 @@ def test_samples_keep_the_state():
     strength = make_inputs(DELTA, T=500)["beta"]
     assert (strength > 0).all() and (strength < 1).all() and float(strength.mean()) == pytest.approx(0.5, abs=0.02)
     assert float(make_inputs(PLUS_LOW_RANK, K=64)["a"].norm(dim=-1).mean()) == pytest.approx(0.5, rel=0.02)
+    bare = Spec("bare", key=beta * k, erase=(k, beta * k))
+    assert float(make_inputs(bare, K=64)["k"].norm(dim=-1).mean()) == pytest.approx(1, rel=0.02)
     assert float(make_inputs(DELTA, K=64)["k"].norm(dim=-1).mean()) == pytest.approx(8, rel=0.02)
