@@ -83,12 +83,12 @@ def check(spec: Spec, target: str, shape: str, monkeypatch: Any) -> None:
     kernels = compiled(
         spec, target, monkeypatch, B=1, T=8192, H=96, K=min(K, 16) if spec.taylor else K, V=V, dtype=dtype
     )
-    needed = {"fwd_kernel", "scan_kernel", "bwd_state_kernel", "bwd_kernel", "step_kernel"}
+    needed = {kernel.name.removeprefix(f"{spec.name}_") for kernel in _prepared(spec)[0].kernels}
     assert needed <= set(kernels), f"not launched: {needed - set(kernels)}"
     assert not too_large(kernels, target), (
         f"{too_large(kernels, target)} bytes of shared memory, of {aot.SHARED[target]}"
     )
     if target == "sm_90" and dtype == torch.bfloat16:
         for name, found in kernels.items():
-            if name not in ("scan_kernel", "step_kernel"):
+            if name not in ("scan_kernel", "step_kernel", "dg_kernel"):
                 assert all("mma" in kernel.asm["ptx"] for kernel in found), f"{name} has no product on tensor cores"
