@@ -140,11 +140,14 @@ def _make(spec: Spec, chunk_size: int | None, backend: str, input_precision: str
         return TorchBackend(analysis, chunk_size)
 
     def triton_backend() -> Any:
+        from . import tuned_tables
         from .load import load
         from .triton_backend import TritonBackend
 
         assert plan is not None, "the op asks for Triton where there are kernels alone"
-        return TritonBackend(plan, load(entry), chunk_size, input_precision)
+        # what a user has fixed is not tuned
+        chosen = tuned_tables.chosen if chunk_size is None and input_precision is None else None
+        return TritonBackend(plan, load(entry), chunk_size, input_precision, chosen=chosen)
 
     return Op(
         spec=spec,

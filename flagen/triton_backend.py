@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,8 @@ class TritonBackend:
 
     chunk_size: tokens per chunk, a power of two from 16 to 128, or None for the schedule's choice. input_precision: how
     products of fp32 inputs are taken ("tf32", "tf32x3", "ieee"); None: tf32x3, which is fp32-accurate. checkpoint:
-    tokens between the states that the training forward keeps.
+    tokens between the states that the training forward keeps. chosen: what a GPU of a name runs instead of a schedule
+    for the module of a name, where something better is known.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class TritonBackend:
         chunk_size: int | None = None,
         input_precision: str | None = None,
         checkpoint: int = CHECKPOINT,
+        chosen: Callable[[Schedule, str, Shape, torch.dtype, str], Schedule] | None = None,
     ) -> None:
-        self.plan, self.module = plan, module
+        self.plan, self.module, self.chosen = plan, module, chosen
         self.options = {"chunk_size": chunk_size, "input_precision": input_precision, "checkpoint": checkpoint}
         self.output = plan.analysis.inputs.index(plan.analysis.spec.value.inputs[0])
         self.normalized = plan.normalized
@@ -146,7 +148,10 @@ class TritonBackend:
         return self._schedule(sizes, like.dtype, like.device, exact)
 
     def _make_schedule(self, sizes: Shape, dtype: torch.dtype, device: torch.device, exact: bool) -> Schedule:
-        return schedule(self.plan, sizes, dtype, exact_decay=exact, device=device_of(device), **self.options)
+        found = schedule(self.plan, sizes, dtype, exact_decay=exact, device=device_of(device), **self.options)
+        if self.chosen is None or device.type != "cuda":
+            return found
+        return self.chosen(found, self.module.__name__, sizes, dtype, torch.cuda.get_device_name(device))
 
     def _empty(
         self,

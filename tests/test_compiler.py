@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import flagen
-from flagen import cache, compiler, logs, specs
+from flagen import cache, compiler, logs, specs, tuned_tables
 from flagen.analysis import Analysis, analyse, derivative_texts, restored
 from flagen.cache import CacheWarning
 from flagen.errors import CacheError, ConfigError, PlanError, SpecError
@@ -89,13 +89,16 @@ def test_the_parts_of_an_op(place):
 def test_the_kernels_are_loaded_when_they_are_first_wanted(place, monkeypatch):
     given = []
     module = types.ModuleType("flagen.triton_backend")
-    module.TritonBackend = lambda *arguments: given.append(arguments)
+    module.TritonBackend = lambda *arguments, **options: given.append((arguments, options))
     monkeypatch.setitem(sys.modules, "flagen.triton_backend", module)
-    op = compiler.compile("retnet", chunk_size=64, input_precision="ieee")
-    assert not any(name.startswith("_flagen_retnet") for name in sys.modules)
+    op = compiler.compile(Spec("loaded_late"), chunk_size=64, input_precision="ieee")
+    assert not any("loaded_late" in name for name in sys.modules)
     op.triton_backend()
-    ((plan, kernels, chunk_size, input_precision),) = given
+    (((plan, kernels, chunk_size, input_precision), options),) = given
     assert (plan, chunk_size, input_precision) == (op.plan, 64, "ieee")
+    assert options == {"chosen": None}  # nothing is tuned beside what the user has fixed
+    compiler.compile(Spec("loaded_late")).triton_backend()
+    assert given[1][1] == {"chosen": tuned_tables.chosen}
     assert kernels.LOADED
     assert kernels.__file__ == op.path
     del sys.modules[kernels.__name__]
