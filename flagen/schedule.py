@@ -49,7 +49,7 @@ class Tile:
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """Launch-time constants. fwd_L, bwd_L, dq_L: tokens per piece of a sequence, a multiple of LC, or 0 where it is not
-    cut. rows: the tile of the sweeps for query and key, whose programs have a block of K and all of V; its BV is that block.
+    cut. rows: the tile of the sweeps for query and key, whose programs have a block of K, its BV, and all of V.
 
     DOT, PRECISION: dtype of the products' operands and how fp32 ones are multiplied; SUM_PRECISION: the same for sums
     of log decays; PARTS: how many bf16 parts of a log decay are summed.
