@@ -204,6 +204,10 @@ def test_arguments_are_drawn_of_every_kind():
     assert any(trial.heads for trial in DRAWN) and any(trial.requires_grad == () for trial in DRAWN)
     assert any(trial.requires_grad and "initial_state" in trial.requires_grad for trial in DRAWN)
     assert len({(trial.K, trial.V) for trial in DRAWN}) > 20
+    assert not any(trial.K == 1 and "l2norm" in features(trial) for trial in DRAWN)
+    assert any(trial.K == 1 and trial.spec.taylor for trial in DRAWN) and any(
+        "l2norm" in features(trial) for trial in DRAWN
+    )
     for trial in drawn(40, "cuda"):
         assert trial.device == "cuda" and trial.backend == "auto" and trial.dtype != "float64"
         most = 24 if trial.spec.taylor == 2 else 128
