@@ -4,6 +4,7 @@ batch. This file is what the processes run.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from datetime import timedelta
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import flagen
 from flagen import Input, Scalar, Spec, logsigmoid, sigmoid, v
 
+KINDS = ("ddp", "fsdp", "fsdp-checkpoint")
 RANKS, STEPS, TIMEOUT = 2, 3, 240
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo"
@@ -83,8 +85,8 @@ def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def work(kind: str, rank: int, folder: Path, device: str) -> None:
-    """What one process does: trains on its row, and the first one writes what came of it."""
+def work(rank: int, folder: Path, device: str) -> None:
+    """What one process does: trains on its row in each way, of which the first process writes what came of it."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo" if device == "cpu" else "nccl",
@@ -95,30 +97,36 @@ def work(kind: str, rank: int, folder: Path, device: str) -> None:
     )
     if device != "cpu":
         torch.cuda.set_device(rank)
-    model = model_of(device, again="checkpoint" in kind)
-    if kind.startswith("ddp"):
-        model = torch.nn.parallel.DistributedDataParallel(model)
-    else:
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = dist.device_mesh.init_device_mesh(device, (RANKS,))
-        for layer in model:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        held = sum(x.to_local().numel() for x in model.parameters())
-        assert held < 0.6 * sum(x.numel() for x in model.parameters())  # it is sharded
-    losses = trained(model, batches(device)[:, rank : rank + 1])
-    found = whole(dict(model.named_parameters()))
-    if rank == 0:
-        torch.save((losses, found), folder / "found.pt")
+    for kind in KINDS:
+        model = spread(model_of(device, again="checkpoint" in kind), kind, device)
+        losses = trained(model, batches(device)[:, rank : rank + 1])
+        found = whole(dict(model.named_parameters()))
+        if rank == 0:
+            torch.save((losses, found), folder / f"{kind}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def launched(kind: str, folder: Path, device: str) -> tuple[list[float], dict[str, Tensor]]:
-    """Of the first of RANKS processes that run `work`: the losses and the parameters at the end."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, __file__, kind]
+def spread(model: torch.nn.Module, kind: str, device: str) -> torch.nn.Module:
+    """The model over all processes."""
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh(device, (RANKS,))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    held = sum(x.to_local().numel() for x in model.parameters())
+    assert held < 0.6 * sum(x.numel() for x in model.parameters())  # it is sharded
+    return model
+
+
+@functools.cache
+def launched(folder: Path, device: str) -> None:
+    """Runs `work` in RANKS processes."""
+    (folder / "meeting").unlink(missing_ok=True)  # of a run that failed
+    command = [sys.executable, __file__]
     processes = [
         subprocess.Popen([*command, str(rank), str(folder), device], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for rank in range(RANKS)
@@ -130,14 +138,13 @@ def launched(kind: str, folder: Path, device: str) -> tuple[list[float], dict[st
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(output)
-    return torch.load(folder / "found.pt")
-
-
-KINDS = ("ddp", "fsdp", "fsdp-checkpoint")
 
 
 def compare(kind: str, folder: Path, device: str) -> None:
-    losses, got = launched(kind, folder, device)
+    folder = folder / device
+    folder.mkdir(exist_ok=True)
+    launched(folder, device)
+    losses, got = torch.load(folder / f"{kind}.pt")
     model = model_of(device, again=False)
     before = whole(dict(model.state_dict()))
     trained(model, batches(device))
@@ -152,17 +159,22 @@ def compare(kind: str, folder: Path, device: str) -> None:
         )
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_as_one_does(kind, tmp_path):
-    compare(kind, tmp_path, "cpu")
+def test_two_processes_train_as_one_does(kind, folder):
+    compare(kind, folder, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two CUDA devices")
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_gpus_train_as_one_does(kind, tmp_path):
-    compare(kind, tmp_path, "cuda")
+def test_two_gpus_train_as_one_does(kind, folder):
+    compare(kind, folder, "cuda")
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    work(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
