@@ -295,10 +295,11 @@ def based_scan_kernel(
                 b_z = tl.zeros([BF], dtype=tl.float32)
             for i in range(n_p):
                 i_ph = (i_p0 + (n_p - 1 - i if REVERSE else i)) * H + i_h
-                p_z = z + i_z * z_sp + i_ph * F + o_f
+                p_z = z + i_ph * F + o_f
                 b_own = tl.load(p_z, mask=m_f, other=0.0)
                 tl.store(p_z, b_z, mask=m_f)
                 b_z += b_own
+            z += z_sp
 
 
 # The adjoint of the state at the start of a piece, from zero at its end: the first of two passes over a sequence whose backward
@@ -412,7 +413,7 @@ def based_bwd_state_kernel(
 
     p_dh = dh + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
     tl.store(p_dh, b_dh.to(dh.dtype.element_ty), mask=m_fv)
-    tl.store(dz + ((i_v * dz_sp) // F + i_ph) * F + o_f, b_dz, mask=m_f)
+    tl.store(dz + ((i_v.to(tl.int64) * dz_sp) // F + i_ph) * F + o_f, b_dz, mask=m_f)
 
 
 # All gradients, in one sweep backward in time. A program owns a piece, a head and a block of V; it carries the adjoint of the
@@ -526,7 +527,7 @@ def based_bwd_kernel(
     if dhp is not None:
         p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
         b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
-        b_dz = tl.load(dzp + ((i_v * dzp_sp) // F + i_ph) * F + o_f, mask=m_f, other=0.0)
+        b_dz = tl.load(dzp + ((i_v.to(tl.int64) * dzp_sp) // F + i_ph) * F + o_f, mask=m_f, other=0.0)
     else:
         if dht is not None:
             p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
@@ -699,7 +700,7 @@ def based_bwd_kernel(
         if is_first:
             p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
             tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
-            tl.store(dz0 + ((i_v * dz0_sp) // F + i_nh) * F + o_f, b_dz, mask=m_f)
+            tl.store(dz0 + ((i_v.to(tl.int64) * dz0_sp) // F + i_nh) * F + o_f, b_dz, mask=m_f)
 
 
 # One token: reads the state, writes it back in place. A program owns a sequence, a head and NB blocks of V.
@@ -876,7 +877,7 @@ def fwd(q, k, v, h0, z0, cu_seqlens, scale, s, final=False, save=False):
         N=N,
         T=T,
         H=H,
-        L=s.fwd_L or T,
+        L=s.fwd_L or T + 1,
         NP=1,
         NC=NC,
         G_q=H // q.shape[2],
@@ -1024,7 +1025,7 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
     like = v
     NC = -(-T // s.LC)
     t = s.bwd
-    L = s.bwd_L or T
+    L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     NV = triton.cdiv(V, t.BV)
     make = torch.empty if cu_seqlens is None else torch.zeros

@@ -325,7 +325,7 @@ def gateloop_fwd_kernel(
         b_key = b_k
         b_value = b_v
         # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_ek = tl.exp(sum_steps(m_after, b_ld, PARTS, DOT, SUM_PRECISION))
         b_en = tl.exp(tl.sum(b_ld, 0))
         # [BT, BK]
@@ -556,7 +556,7 @@ def gateloop_bwd_state_kernel(
         b_theta = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
         b_query = b_q
         # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_eq = tl.exp(sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION))
         b_en = tl.exp(tl.sum(b_ld, 0))
         # [BT, BK]
@@ -760,7 +760,7 @@ def gateloop_bwd_kernel(
                 b_key = b_k
                 b_value = b_v
                 # [BT, BK]
-                b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+                b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
                 b_ek = tl.exp(sum_steps(m_after, b_ld, PARTS, DOT, SUM_PRECISION))
                 b_en = tl.exp(tl.sum(b_ld, 0))
                 # [BT, BK]
@@ -827,7 +827,7 @@ def gateloop_bwd_kernel(
             b_value = b_v
             b_query = b_q
             # [BT, BK]
-            b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+            b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
             b_eq = tl.exp(sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION))
             b_ek = tl.exp(sum_steps(m_after, b_ld, PARTS, DOT, SUM_PRECISION))
             b_en = tl.exp(tl.sum(b_ld, 0))
@@ -1042,7 +1042,7 @@ def gateloop_step_kernel(
         b_value = b_v
         b_query = b_q
         # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         # [BK] and [BV]
         b_key = tl.sum(b_key.to(tl.float32), 0)
         b_query = tl.sum(b_query.to(tl.float32), 0)
@@ -1139,7 +1139,7 @@ def fwd(q, k, v, g, theta, h0, cu_seqlens, scale, s, final=False, save=False):
         N=N,
         T=T,
         H=H,
-        L=s.fwd_L or T,
+        L=s.fwd_L or T + 1,
         NP=1,
         NC=NC,
         G_q=H // q.shape[2],
@@ -1290,7 +1290,7 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
     like = v
     NC = -(-T // s.LC)
     t = s.bwd
-    L = s.bwd_L or T
+    L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     NV = triton.cdiv(V, t.BV)
     make = torch.empty if cu_seqlens is None else torch.zeros

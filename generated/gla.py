@@ -224,7 +224,7 @@ def gla_intra_kernel(
         b_key = b_k
         b_query = b_q
         # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_A += tree_scores(b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
         b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
     b_A = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_A)
@@ -339,7 +339,7 @@ def gla_bwd_intra_kernel(
         b_key = b_k
         b_query = b_q
         # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         if NEED_VALUE:
             b_A += tree_scores(b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
             b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
@@ -510,7 +510,7 @@ def gla_fwd_kernel(
         b_key = b_k
         b_value = b_v
         # [BK, BT]
-        b_ld = tl.where(m_kt, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_kt, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_en = tl.exp(tl.sum(b_ld, 1))
         if o is not None:
             b_query = b_q
@@ -677,7 +677,7 @@ def gla_bwd_state_kernel(
         b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
         b_query = b_q
         # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_eq = tl.exp(sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION))
         b_en = tl.exp(tl.sum(b_ld, 0))
         b_fq = b_query
@@ -846,7 +846,7 @@ def gla_bwd_kernel(
                 b_key = b_k
                 b_value = b_v
                 # [BK, BT]
-                b_ld = tl.where(m_kt, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+                b_ld = tl.where(m_kt, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
                 b_en = tl.exp(tl.sum(b_ld, 1))
                 b_ek = tl.exp(sum_rows(b_ld, m_after, PARTS, DOT, SUM_PRECISION))
                 b_kd = b_key * b_ek
@@ -891,7 +891,7 @@ def gla_bwd_kernel(
             p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
             b_do = tl.load(p_do, mask=m_tv, other=0.0)
             # [BK, BT]
-            b_ld = tl.where(m_kt, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+            b_ld = tl.where(m_kt, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
             b_en = tl.exp(tl.sum(b_ld, 1))
 
             b_query = b_q
@@ -1029,7 +1029,7 @@ def gla_step_kernel(
         b_value = b_v
         b_query = b_q
         # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         # [BK] and [BV]
         b_key = tl.sum(b_key.to(tl.float32), 0)
         b_query = tl.sum(b_query.to(tl.float32), 0)
@@ -1146,7 +1146,7 @@ def fwd(q, k, v, g, h0, cu_seqlens, scale, s, final=False, save=False):
         N=N,
         T=T,
         H=H,
-        L=s.fwd_L or T,
+        L=s.fwd_L or T + 1,
         NP=1,
         NC=NC,
         G_q=H // q.shape[2],
@@ -1288,7 +1288,7 @@ def bwd(q, k, v, g, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     like = v
     NC = -(-T // s.LC)
     t = s.bwd
-    L = s.bwd_L or T
+    L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     NV = triton.cdiv(V, t.BV)
     make = torch.empty if cu_seqlens is None else torch.zeros

@@ -271,10 +271,11 @@ def linear_scan_kernel(
                 b_z = tl.zeros([BF], dtype=tl.float32)
             for i in range(n_p):
                 i_ph = (i_p0 + (n_p - 1 - i if REVERSE else i)) * H + i_h
-                p_z = z + i_z * z_sp + i_ph * F + o_f
+                p_z = z + i_ph * F + o_f
                 b_own = tl.load(p_z, mask=m_f, other=0.0)
                 tl.store(p_z, b_z, mask=m_f)
                 b_z += b_own
+            z += z_sp
 
 
 # The adjoint of the state at the start of a piece, from zero at its end: the first of two passes over a sequence whose backward
@@ -380,7 +381,7 @@ def linear_bwd_state_kernel(
 
     p_dh = dh + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
     tl.store(p_dh, b_dh.to(dh.dtype.element_ty), mask=m_fv)
-    tl.store(dz + ((i_v * dz_sp) // F + i_ph) * F + o_f, b_dz, mask=m_f)
+    tl.store(dz + ((i_v.to(tl.int64) * dz_sp) // F + i_ph) * F + o_f, b_dz, mask=m_f)
 
 
 # The three sweeps of a backward without a decay per channel: each is the forward's pass with other roles, so that its programs hold
@@ -986,7 +987,7 @@ def fwd(q, k, v, h0, z0, cu_seqlens, scale, s, final=False, save=False):
         N=N,
         T=T,
         H=H,
-        L=s.fwd_L or T,
+        L=s.fwd_L or T + 1,
         NP=1,
         NC=NC,
         G_q=H // q.shape[2],
@@ -1181,7 +1182,7 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
     )
     parts = [[] for _ in needs]
     if any((needs[0],)) or need_decay:
-        L = s.dq_L or T
+        L = s.dq_L or T + 1
         NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
         t = s.rows
         dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
@@ -1205,7 +1206,7 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
             **common,
         )
         parts[0].append((dq, s.dq_L))
-    L = s.bwd_L or T
+    L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
     dzp = dz0 = None

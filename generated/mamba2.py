@@ -191,7 +191,7 @@ def mamba2_fwd_kernel(
         # [BT, BV]
         b_value = tl.where(m_tv, b_v * b_dt[:, None], 0.0)
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
         if DOT == tl.bfloat16:
             b_ek = tl.exp(tl.sum(b_ld, 0) - b_c)
@@ -382,7 +382,7 @@ def mamba2_bwd_state_kernel(
         b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
         b_query = b_q
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
         if DOT == tl.bfloat16:
             b_eq = tl.exp(b_c)
@@ -531,7 +531,7 @@ def mamba2_dq_kernel(
         # [BT, BV]
         b_value = tl.where(m_tv, b_v * b_dt[:, None], 0.0)
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
         if DOT == tl.bfloat16:
             b_eq = tl.exp(b_c)
@@ -710,7 +710,7 @@ def mamba2_dk_kernel(
         # [BT, BV]
         b_value = tl.where(m_tv, b_v * b_dt[:, None], 0.0)
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
         if DOT == tl.bfloat16:
             b_eq = tl.exp(b_c)
@@ -894,7 +894,7 @@ def mamba2_dv_kernel(
         b_query = b_q
         b_key = b_k
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
         if DOT == tl.bfloat16:
             b_eq = tl.exp(b_c)
@@ -988,16 +988,19 @@ def mamba2_dg_kernel(
     # [BT]
     b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
     # [BT]
-    b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR), 0.0)
+    b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
     # [BT]
     b_xq = tl.zeros([BT], dtype=tl.float32)
     b_xk = tl.zeros([BT], dtype=tl.float32)
     b_all = 0.0
     i_s = (i_c + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-    for i in range(NK):
-        b_xq += tl.load(qdq + i * qdq_sp + o_row, mask=m_t, other=0.0)
-        b_xk += tl.load(kdk + i * kdk_sp + o_row, mask=m_t, other=0.0)
-        b_all += tl.load(hdh + i * hdh_sp + i_s)
+    for _ in range(NK):
+        b_xq += tl.load(qdq + o_row, mask=m_t, other=0.0)
+        b_xk += tl.load(kdk + o_row, mask=m_t, other=0.0)
+        b_all += tl.load(hdh + i_s)
+        qdq += qdq_sp
+        kdk += kdk_sp
+        hdh += hdh_sp
     b_x = b_xk - b_xq
     b_dlog_decay = b_all + tl.cumsum(b_x, 0) - b_x
     b_dlog_decay = tl.where(m_t, b_dlog_decay, 0.0)
@@ -1097,7 +1100,7 @@ def mamba2_step_kernel(
         b_value = tl.where(m_tv, b_v * b_dt[:, None], 0.0)
         b_query = b_q
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR), 0.0)
+        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         # [BK] and [BV]
         b_key = tl.sum(b_key.to(tl.float32), 0)
         b_query = tl.sum(b_query.to(tl.float32), 0)
@@ -1180,7 +1183,7 @@ def fwd(q, k, v, dt, A_log, h0, cu_seqlens, scale, s, final=False, save=False):
         N=N,
         T=T,
         H=H,
-        L=s.fwd_L or T,
+        L=s.fwd_L or T + 1,
         NP=1,
         NC=NC,
         G_q=H // q.shape[2],
@@ -1383,7 +1386,7 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
     qdq_sp = kdk_sp = B * T * H
     hdh_sp = hc.shape[0] * H
     if any((needs[0],)) or need_decay:
-        L = s.dq_L or T
+        L = s.dq_L or T + 1
         NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
         t = s.rows
         dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
@@ -1406,7 +1409,7 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
             **common,
         )
         parts[0].append((dq, s.dq_L))
-    L = s.bwd_L or T
+    L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
     if s.bwd_L:

@@ -130,7 +130,7 @@ def retnet_fwd_kernel(
         p_h0 = h0 + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
     b_c0 = tl.load(c0)
-    b_ld = tl.maximum(b_c0, DECAY_FLOOR)
+    b_ld = tl.maximum(b_c0, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL)
     # [BT, BT]
     b_D = tl.exp(b_ld * tl.maximum(o_i[:, None] - o_i[None, :], 0)) * scale
     b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
@@ -314,7 +314,7 @@ def retnet_bwd_state_kernel(
     # [BF, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     b_c0 = tl.load(c0)
-    b_ld = tl.maximum(b_c0, DECAY_FLOOR)
+    b_ld = tl.maximum(b_c0, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
@@ -439,7 +439,7 @@ def retnet_dq_kernel(
     p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
     b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
     b_c0 = tl.load(c0)
-    b_ld = tl.maximum(b_c0, DECAY_FLOOR)
+    b_ld = tl.maximum(b_c0, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL)
     # [BT, BT]
     b_D = tl.exp(b_ld * tl.maximum(o_i[:, None] - o_i[None, :], 0)) * scale
     b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
@@ -583,7 +583,7 @@ def retnet_dk_kernel(
             p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
     b_c0 = tl.load(c0)
-    b_ld = tl.maximum(b_c0, DECAY_FLOOR)
+    b_ld = tl.maximum(b_c0, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL)
     # [BT, BT]
     b_D = tl.exp(b_ld * tl.maximum(o_i[:, None] - o_i[None, :], 0)) * scale
     b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
@@ -731,7 +731,7 @@ def retnet_dv_kernel(
             p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
     b_c0 = tl.load(c0)
-    b_ld = tl.maximum(b_c0, DECAY_FLOOR)
+    b_ld = tl.maximum(b_c0, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL)
     # [BT, BT]
     b_D = tl.exp(b_ld * tl.maximum(o_i[:, None] - o_i[None, :], 0)) * scale
     b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
@@ -844,7 +844,7 @@ def retnet_step_kernel(
         m_tv = m_t[:, None] & m_v[None, :]
         m_fv = m_f[:, None] & m_v[None, :]
         b_c0 = tl.load(c0)
-        b_ld = tl.maximum(b_c0, DECAY_FLOOR)
+        b_ld = tl.maximum(b_c0, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL)
         # [BT, BK]
         p_x = q + o_t[:, None] * q_st + o_k[None, :]
         b_q = tl.load(p_x, mask=m_tk, other=0.0)
@@ -933,7 +933,7 @@ def fwd(q, k, v, c0, h0, cu_seqlens, scale, s, final=False, save=False):
         N=N,
         T=T,
         H=H,
-        L=s.fwd_L or T,
+        L=s.fwd_L or T + 1,
         NP=1,
         NC=NC,
         G_q=H // q.shape[2],
@@ -1122,7 +1122,7 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     )
     parts = [[] for _ in needs]
     if any((needs[0],)) or need_decay:
-        L = s.dq_L or T
+        L = s.dq_L or T + 1
         NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
         t = s.rows
         dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
@@ -1143,7 +1143,7 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             **common,
         )
         parts[0].append((dq, s.dq_L))
-    L = s.bwd_L or T
+    L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
     if s.bwd_L:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import gb, gk, gs, gv, th, u, wk, wv
-from hostile import FEW, GPU, PLACE, TORCH, Run, agrees, inputs_of, sizes_of
+from hostile import FEW, PLACE, Run, agrees, inputs_of, sizes_of
 
 import flagen
 from flagen import reference
@@ -184,8 +184,6 @@ LENGTHS = pytest.mark.parametrize(
     [[0, 0, 7, 20], [0, 7, 7, 7, 20], [0, 0, 0], [0, 0, 1, 1, 3]],
     ids=["first", "middle", "all", "one token"],
 )
-# uncut, the launcher takes the whole of T for one piece, and the piece of a sequence that begins at T comes after it
-BEHIND = pytest.mark.xfail(strict=True, reason="the states of an empty sequence that begins at T are not written")
 
 
 @PLACE
@@ -195,12 +193,8 @@ def test_sequences_of_no_tokens(place, spec, cu):
     sequences_of_no_tokens(place, spec, cu)
 
 
+@PLACE
 @FEW
-@pytest.mark.parametrize(
-    "place",
-    [TORCH, *(pytest.param(*one.values, marks=[*one.marks, BEHIND]) for one in GPU)],
-    ids=str,
-)
 def test_a_sequence_of_no_tokens_at_the_end(place, spec):
     sequences_of_no_tokens(place, spec, [0, 18, 20, 20])
 
@@ -225,14 +219,7 @@ def test_one_token(place, spec, cu):
     one_token(place, spec, cu)
 
 
-HIDDEN = pytest.mark.xfail(strict=True, reason="the kernels take a log decay of NaN for the lowest there is: a reset")
-
-
-@pytest.mark.parametrize(
-    "place",
-    [TORCH, *(pytest.param(*one.values, marks=[*one.marks, HIDDEN]) for one in GPU)],
-    ids=str,
-)
+@PLACE
 @pytest.mark.parametrize("name", ["raw", "raw_key", "raw_value"])
 def test_a_gate_that_is_nan(place, name):
     a_gate_that_is_nan(place, RAW[name])
