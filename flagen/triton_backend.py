@@ -65,8 +65,9 @@ class TritonBackend:
             )
         zt, zc, den = rest or (None, None, None)
         final = self._public((ht, zt)[: 1 + self.normalized]) if want_final else ()
-        saved = ((hc, zc, den) if self.normalized else (hc,)) if save else ()
-        return Forward(o, final, saved)
+        if not save:
+            return Forward(o, final, ())
+        return Forward(o, final, (hc.view(-1), zc.view(-1), den) if self.normalized else (hc.view(-1),))
 
     @torch.no_grad()
     def backward(
@@ -93,11 +94,13 @@ class TritonBackend:
         prepared = self._prepared(inputs)
         end = self._ends(dfinal, sizes, o)
         do = torch.zeros_like(o) if do is None else do if do.stride(-1) == 1 else do.contiguous()
-        extra = (o, saved[2], saved[1]) if self.normalized else ()
+        F = rows_of_state(self.plan, sizes.K)
+        hc = saved[0].view(-1, sizes.H, F, sizes.V, *((2,) if self.plan.complex else ()))
+        extra = (o, saved[2], saved[1].view(-1, sizes.H, F)) if self.normalized else ()
         plan = self.schedule(prepared, sizes)
         with torch.cuda.device_of(o):
             found, *d_initial = self.module.bwd(
-                *prepared, *constants, do, saved[0], *extra, *end, cu_seqlens, scale, plan, needs, initial=need_initial
+                *prepared, *constants, do, hc, *extra, *end, cu_seqlens, scale, plan, needs, initial=need_initial
             )
         grads = tuple(
             self._summed(parts, x, one.axes, sizes, cu_seqlens)
@@ -123,17 +126,17 @@ class TritonBackend:
 
     def saved_like(self, inputs: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
         """New tensors of the shapes and dtypes that forward saves, which follow from the inputs' shapes and dtypes
-        alone."""
+        alone. States are flat: torch.compile would have a graph apart for each size of 1, such as a single state."""
         sizes = self._sizes(inputs, cu_seqlens)
         LC = self.options["checkpoint"]
         slots = sizes.N * -(-sizes.T // LC) if cu_seqlens is None else sizes.T // LC + sizes.N
         like = inputs[self.output]
         F = rows_of_state(self.plan, sizes.K)
         dtype = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
-        states = like.new_empty((slots, sizes.H, F, sizes.V, *((2,) if self.plan.complex else ())), dtype=dtype)
+        states = like.new_empty((slots * sizes.H * F * sizes.V * (2 if self.plan.complex else 1),), dtype=dtype)
         if not self.normalized:
             return (states,)
-        z = like.new_empty((slots, sizes.H, F), dtype=torch.float32)
+        z = like.new_empty((slots * sizes.H * F,), dtype=torch.float32)
         return states, z, like.new_empty((sizes.B, sizes.T, sizes.H), dtype=torch.float32)
 
     def schedule(self, inputs: tuple[Tensor, ...], sizes: Shape) -> Schedule:
