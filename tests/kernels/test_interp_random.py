@@ -10,26 +10,15 @@ from random_specs import hold
 
 from flagen.expr import Input, logsigmoid
 from flagen.fuzz import Trial
-from flagen.fuzz_judge import Outcome, judge
+from flagen.fuzz_judge import judge
 from flagen.fuzz_specs import PROFILES
 from flagen.spec import Spec
 
 PROFILE = PROFILES["interpreter"]
 
 
-def ends_empty(trial: Trial) -> bool:
-    """Whether the last sequence is empty and begins at the end of the tensors."""
-    bounds = trial.cu_seqlens
-    return bounds is not None and bounds[-1] == bounds[-2] == trial.T
-
-
-def judged(trial: Trial) -> Outcome:
-    """All but what test_an_empty_sequence_at_the_end knows to be wrong."""
-    return Outcome("ok") if ends_empty(trial) else judge(trial)
-
-
 def test_fp32_and_fp16():
-    hunt = hold(PROFILE, 20, seed=1, judge=judged)
+    hunt = hold(PROFILE, 20, seed=1)
     assert len(hunt.specs) >= 8
     assert len({line.kind for line in hunt.lines}) >= 3
 
@@ -37,14 +26,13 @@ def test_fp32_and_fp16():
 def test_bf16(monkeypatch):
     bf16_interpreter.repair(monkeypatch)
     profile = dataclasses.replace(PROFILE, dtypes=("bfloat16",), gate_dtypes=(None, "float32", "bfloat16"))
-    hunt = hold(profile, 20, seed=2, judge=judged)
+    hunt = hold(profile, 20, seed=2)
     assert len(hunt.specs) >= 8
 
 
-@pytest.mark.xfail(strict=True, reason="without pieces a program looks for its sequence at multiples of L = T")
 @pytest.mark.parametrize("bounds", [(0, 1, 1), (0, 5, 17, 17), (0, 3, 3, 3)])
 def test_an_empty_sequence_at_the_end(bounds):
-    """Its final state is its initial state, or zero: nobody writes it."""
+    """Its final state is its initial state, or zero, and some program must write it."""
     spec = Spec("ends", log_decay=logsigmoid(Input("gs", "b t h")))
     sizes = {"T": bounds[-1], "H": 1, "K": 5, "V": 3, "chunk_size": 16}
     found = judge(Trial(spec, **sizes, cu_seqlens=bounds, final_state=True, backend="triton"))
