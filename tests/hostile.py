@@ -212,7 +212,7 @@ class Run:
             return [self.out.saved[0][i] for i, span in enumerate(spans) if span.begin <= before]
         slots = -(-tokens // self.place.piece)
         kept = self.out.saved[:2] if self.spec.normalizer is not None else self.out.saved[:1]
-        return [x.unflatten(0, (batch, slots))[:, : before // self.place.piece + 1] for x in kept]
+        return [x.view(batch, slots, -1)[:, : before // self.place.piece + 1] for x in kept]
 
 
 def roles_of(spec: Spec, one: Input) -> set[str]:
