@@ -28,6 +28,7 @@ from flagen.cache import CacheWarning, clear, entries, find, store, verify_all
 from flagen.cache_key import Key, make_key
 from flagen.errors import CacheError
 from flagen.load import load
+from flagen.spec import Spec
 
 REPOSITORY = Path(__file__).parent.parent
 SOURCE = "# text of a module, with a letter beyond ASCII: ü\nX = 1\n"
@@ -666,8 +667,9 @@ def test_every_source_file_either_shapes_the_key_or_leaves_it(tmp_path):
 
 def test_the_options_of_a_call_are_no_ingredient(place):
     """Chunk, backend and precision are launch-time choices: one entry serves all."""
+    spec = Spec("optional")  # of its own: a process compiles a spec once
     paths = {
-        compiler.compile("gla", chunk_size=size, backend=backend, input_precision=precision).path
+        compiler.compile(spec, chunk_size=size, backend=backend, input_precision=precision).path
         for size in (None, 32)
         for backend in ("auto", "torch")
         for precision in (None, "ieee")
