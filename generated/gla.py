@@ -7,6 +7,8 @@ import triton.language as tl
 
 # natural log of a step's decay below which the decay is exactly 0 in fp32
 DECAY_FLOOR = tl.constexpr(-128.0)
+# natural log of the most that a decay inside a chunk may be divided by: its reciprocal is far from the largest number
+SPAN = tl.constexpr(60.0)
 
 
 @triton.jit
@@ -150,6 +152,37 @@ def tree_apply(
     return b_or, b_ol, b_x, b_xl
 
 
+@triton.jit
+def pair_scores(
+    b_r,
+    b_l,
+    b_g,
+    BT: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+):
+    """tree_scores, by one product where it can be: where no channel decays by more than exp(-SPAN) from the chunk's start to a
+    row, the decay from another row to it is the quotient of those since the start. The other rows are the tree's, which only
+    a chunk that has such rows pays for. What a row gets depends on no token after it, bit for bit.
+    """
+    o_i = tl.arange(0, BT)
+    b_cl = sum_steps(o_i[None, :] <= o_i[:, None], b_g, PARTS, DOT, SUM_PRECISION)
+    b_cr = b_cl
+    # [BT]
+    m_near = tl.min(b_cr, 1) > -SPAN
+    b_zr = (b_r * tl.exp(b_cr)).to(DOT)
+    b_zl = (b_l * tl.exp(tl.minimum(-b_cl, SPAN))).to(DOT)
+    b_A = tl.dot(b_zr, tl.trans(b_zl), input_precision=PRECISION)
+    b_A = tl.where((o_i[:, None] > o_i[None, :]) & m_near[:, None], b_A, 0.0)
+    if tl.min(m_near.to(tl.int32), 0) == 0:
+        b_far = tree_scores(b_r, b_l, b_g, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_A = tl.where(m_near[:, None], b_A, b_far)
+    return b_A
+
+
 # The weights of the pairs inside each chunk, A [B, T, H, BT], which need no state: a program owns a chunk and a head, so that the
 # serial kernel is left with little to do for each chunk. Key channels are taken in blocks of BK.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
@@ -225,7 +258,7 @@ def gla_intra_kernel(
         b_query = b_q
         # [BT, BK]
         b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_A += tree_scores(b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_A += pair_scores(b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
         b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
     b_A = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_A)
     tl.store(A + o_row[:, None] * BT + o_i[None, :], b_A.to(A.dtype.element_ty), mask=m_t[:, None])

@@ -269,7 +269,7 @@ def test_programs_and_absent_tensors_decide():
         ("while n > 0:\n        n = n - 1", "does not know"),
         ("for i in tl.load(x):\n        pass", "does not know"),
         ("for i in range(tl.load(x)):\n        pass", "bounds a loop"),
-        ("if tl.load(x) > 0:\n        pass", "whether tl.load"),
+        ("b_s = b_s if tl.load(x) > 0 else b_s + 1", "whether tl.load"),
         ("b_s = b_s + tl.zeros([8, BT], dtype=tl.float32)", "do not fit"),
         ("b_s = b_t", "'b_t' has no value"),
         ("b_s = b_s[0]", "does not know"),
