@@ -222,7 +222,7 @@ def _entries_root(*, make: bool) -> Path:
 def _read(directory: Path, name: str, key: str) -> Entry:
     """The entry in `directory`, verified. FileNotFoundError: there is none. _DamagedError: it is not whole."""
     root_may_own = config.cache_mode() == "readonly"
-    os.lstat(directory)
+    before = os.lstat(directory)
     try:
         private.check_directory(directory, root_may_own=root_may_own)
         meta = json.loads(private.read(directory / META, root_may_own=root_may_own))
@@ -230,7 +230,8 @@ def _read(directory: Path, name: str, key: str) -> Entry:
         _check(meta, content, {"format": FORMAT, "name": name, "key": key})
         return Entry(name, key, content.decode(), meta["facts"], directory / SOURCE)
     except FileNotFoundError as error:
-        os.lstat(directory)  # the whole entry was removed meanwhile: a miss
+        if (now := os.lstat(directory)).st_ino != before.st_ino or now.st_ctime_ns != before.st_ctime_ns:
+            raise  # the whole entry was removed meanwhile, or another put in its place: a miss
         raise _DamagedError(f"the cache entry {directory} lacks {Path(error.filename).name}") from None
     except (private.NotPrivateError, ValueError, RecursionError) as error:
         raise _DamagedError(f"the cache entry {directory} is damaged: {error}") from None

@@ -157,6 +157,26 @@ def test_one_process_clears_while_others_read_and_write(place):
     assert [fault for _, fault in verify_all()] in ([], [""])
 
 
+def test_an_entry_that_is_replaced_while_it_is_read_is_a_miss(place, entry, monkeypatch):
+    """Its first file is read; then it is removed whole and made again before the second is opened."""
+    read = private.read
+
+    def between(path: Path, **options: Any) -> bytes:
+        if path.name != "kernels.py":
+            return read(path, **options)
+        assert clear() == 1
+        store(KEY, SOURCE, FACTS)
+        raise FileNotFoundError(2, "gone", str(path))
+
+    cache._memory.clear()
+    with monkeypatch.context() as patched, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patched.setattr(private, "read", between)
+        assert find(KEY) is None
+    cache._memory.clear()
+    assert find(KEY).source == SOURCE
+
+
 def test_a_process_forked_while_a_thread_has_the_lock(entry):
     with cache._lock:
         assert in_child(lambda: signal.alarm(30) or find(KEY).source) == SOURCE
