@@ -99,11 +99,6 @@ class Gradient:
         """The terms whose blocks have key or value channels."""
         return tuple(term for term in self.terms if (term.role == "value") == (channel == "v"))
 
-    @property
-    def partial(self) -> bool:
-        """Whether blocks of V each hold a part of it."""
-        return self.tensor.channel != "v"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
