@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import testing
+from .analysis import analyse
 from .bench import Case, make_inputs
 from .compare import Row, kind_of, limit_of, row
 from .functions import evaluate_host
@@ -52,7 +54,7 @@ def _tokens(shape: Shape, device: str) -> int:
 
 def sampled(op: Op, case: Case, shape: Shape, dtype: torch.dtype) -> str:
     """Output and gradients of some heads of a call at its full length, against the recurrence in chunks of PyTorch in
-    fp64. Returns what differs, or nothing."""
+    fp64, measured as testing.check measures. Returns what differs, or nothing."""
     spec = op.spec
     heads = torch.tensor([0] if shape.H == 1 or shape.T > LONG else [0, shape.H - 1])
     o = case.run()
@@ -62,25 +64,28 @@ def sampled(op: Op, case: Case, shape: Shape, dtype: torch.dtype) -> str:
     do = do.to(o.device, o.dtype).repeat(shape.B, -(-shape.T // do.shape[1]), 1, 1)[:, : shape.T]
     found = torch.autograd.grad(o, case.inputs, do, allow_unused=True)
     inputs = tuple(_heads(x, one.axes, heads).double() for x, one in zip(case.inputs, spec.inputs, strict=True))
-    scalars = make_scalars(spec)
-    constants = tuple(
-        torch.tensor(evaluate_host(expr, scalars, shape.H), dtype=torch.float64)[heads].to(o.device)
-        for _, expr in op.analysis.constants
-    )
-    backend, scale = TorchBackend(op.analysis), spec.scale if spec.scale is not None else shape.K**-0.5
-    want = backend.forward(inputs, constants, scale, (), None, False, True)
-    ends, needs = (None,) * (1 + backend.normalized), (True,) * len(inputs)
-    part = do[:, :, heads.to(do.device)].double()
-    gradients, _ = backend.backward(part, ends, want.o, want.saved, inputs, constants, scale, (), None, needs, False)
-    rows = [row("o", o.detach()[:, :, heads.to(o.device)], want.o, SLACK * limit_of(dtype, "o"))]
-    size = float((want.o * part).sum(-1).square().mean().sqrt())  # of what gradients are differences of
-    for one, got, mine, x in zip(spec.inputs, found, gradients, inputs, strict=True):
+    scalars, part = make_scalars(spec), do[:, :, heads.to(do.device)].double()
+    right = testing.Case(op, spec, inputs, (), scalars, {"scale": None, "cu_seqlens": None}, False, 1, dtype, "")
+
+    def by_chunks(one: testing.Case) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        analysis = op.analysis if one.spec is spec else analyse(one.spec)
+        constants = tuple(
+            torch.tensor(evaluate_host(expr, scalars, shape.H), dtype=torch.float64)[heads].to(o.device)
+            for _, expr in analysis.constants
+        )
+        backend, scale = TorchBackend(analysis), spec.scale if spec.scale is not None else shape.K**-0.5
+        want = backend.forward(one.inputs, constants, scale, (), None, False, True)
+        ends, needs = (None,) * (1 + backend.normalized), (True,) * len(one.inputs)
+        call = want.o, want.saved, one.inputs, constants, scale, (), None
+        return want.o, backend.backward(part, ends, *call, needs, False)[0]
+
+    want, gradients = by_chunks(right)
+    rows = [row("o", o.detach()[:, :, heads.to(o.device)], want, SLACK * limit_of(dtype, "o"))]
+    rate = testing.rate_of(want, part)
+    for one, got, mine in zip(spec.inputs, found, gradients, strict=True):
         if got is not None and mine is not None and "h" in one.axes:
-            channels = one.axes[-1] in "kv"
-            norms = x.square().sum(-1) if channels else x.square()
-            floor = size / max(float(norms.mean().sqrt()), 1e-30) if backend.normalized else 0.0
-            limit = SLACK * limit_of(dtype, kind_of(spec, one))
-            rows.append(row(f"d {one.name}", _heads(got, one.axes, heads), mine, limit, channels=channels, floor=floor))
+            limit, part_of = SLACK * limit_of(dtype, kind_of(spec, one)), _heads(got, one.axes, heads)
+            rows.append(testing.gradient_row(right, one, part_of, mine, rate, limit, lambda wide: by_chunks(wide)[1]))
     return _said(tuple(one for one in rows if not one.ok))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import sys
 import warnings
@@ -92,12 +93,13 @@ def check(arguments: argparse.Namespace) -> int:
     if not chosen:
         raise FlagenError(f"check: name the specs, or give --all; the shipped ones are {', '.join(specs.names())}")
     work = sharded(units(chosen, arguments.dtype, device), *arguments.shard)
-    jobs = arguments.jobs or min(cli_pool.cores(), cli_pool.MOST_JOBS)
+    devices = cli_pool.gpus(device)
+    jobs = arguments.jobs or cli_pool.most_jobs(devices)
     lines: list[Line] = []
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(Path(arguments.save).open("w", encoding="utf-8")) if arguments.save else None
         bar = stack.enter_context(Progress(len(work), "checking"))
-        for unit, found in cli_pool.run(run_unit, work, jobs):
+        for unit, found in cli_pool.run(run_unit, work, jobs, devices=devices):
             if found is None:
                 found = [_fault(unit, "", "the process died; run this spec alone to see why")]
             lines += found
@@ -134,8 +136,11 @@ def units(chosen: Iterable[Spec], dtypes: Iterable[str], device: str) -> list[Un
 
 
 def sharded(work: list[Unit], part: int, count: int) -> list[Unit]:
-    """Part 1 .. count of the units, in order: most specs fall into one part whole."""
-    return work[len(work) * (part - 1) // count : len(work) * part // count]
+    """Part 1 .. count of the units, each a sample of all specs, dtypes and sizes: every count-th in an order by chance,
+    which is the same in every process.
+    """
+    order = sorted(range(len(work)), key=lambda i: hashlib.sha256(repr(work[i]).encode()).digest())
+    return [work[i] for i in sorted(order[part - 1 :: count])]
 
 
 def run_unit(unit: Unit) -> tuple[list[Line], bool]:
@@ -216,10 +221,13 @@ def _finish(lines: list[Line], most: int) -> int:
 
 
 def table(lines: Iterable[Line]) -> list[str]:
-    """The largest errors by spec, dtype and tensor, over all cases, beside their limits."""
+    """The largest errors by spec, dtype and tensor, over all cases, beside their limits. In the same order whatever
+    part came first.
+    """
     groups: dict[tuple[str, str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault((line.spec, line.dtype, line.tensor), []).append(line)
+    groups = dict(sorted(groups.items(), key=lambda item: item[0][:2]))  # tensors as each spec has them
     header = f"{'spec':14} {'dtype':5} {'tensor':20} {'cases':>5} {'rms':>8} {'limit':>8} {'row':>8} {'limit':>8}"
     text = [header, "-" * len(header)]
     for (spec, dtype, tensor), group in groups.items():

@@ -39,21 +39,25 @@ def fuzz(arguments: argparse.Namespace) -> int:
         raise FlagenError("fuzz: needs Hypothesis, which draws the specs; pip install 'flagen[fuzz]'")
     device = _device(arguments.device, arguments.backend)
     seed = arguments.seed if arguments.seed is not None else int.from_bytes(os.urandom(3), "big")
-    jobs = arguments.jobs or max(1, min(cli_pool.cores(), cli_pool.MOST_JOBS) - (device != "cpu"))
+    devices = cli_pool.gpus(device)
+    jobs = arguments.jobs or max(1, cli_pool.most_jobs(devices) - (device != "cpu"))
     seconds = 60 * arguments.minutes
     print(f"fuzz: {device}, backend {arguments.backend}, seed {seed}, {seconds:.0f} s, {jobs} processes")
     with contextlib.ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flagen-fuzz-")))
-        stack.enter_context(_environment(FLAGEN_CACHE_DIR=str(home / "flagen"), TRITON_CACHE_DIR=str(home / "triton")))
+        # thousands of kernels are of no use to anybody later
+        caches = {"FLAGEN_CACHE_DIR": str(home / "flagen"), "TRITON_CACHE_DIR": str(home / "triton")}
+        stack.enter_context(cli_pool.environment(**caches))
         log = stack.enter_context(Path(arguments.save).open("w", encoding="utf-8")) if arguments.save else None
         hunt = Tally(device, arguments.backend, seed, seconds, arguments.max_specs or NO_LIMIT, jobs, home, log)
         from .fuzz_hunt import run_round
 
         bar = stack.enter_context(Progress(int(seconds), "fuzzing"))
-        for unit, result in cli_pool.run(run_round, hunt, jobs, PATIENCE):
-            bar.clear()
-            hunt.take(unit, result)
-            bar.step(hunt.summary(), advance=max(0, min(int(hunt.elapsed), bar.total) - bar.done))
+        with contextlib.suppress(KeyboardInterrupt):  # what is known by then is printed
+            for unit, result in cli_pool.run(run_round, hunt, jobs, PATIENCE, devices):
+                bar.clear()
+                hunt.take(unit, result)
+                bar.step(hunt.summary(), advance=max(0, min(int(hunt.elapsed), bar.total) - bar.done))
     print("\n".join(table(hunt.lines)))
     print(f"\n{hunt.summary()}; seed {seed}")
     return 1 if hunt.findings or not hunt.lines else 0
@@ -74,20 +78,6 @@ def _device(name: str, backend: str) -> str:
             "--backend triton on the CPU needs Triton's interpreter; set TRITON_INTERPRET=1, or leave --backend out"
         )
     return name
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Variables that processes started meanwhile have. Thousands of kernels are of no use to anybody later."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 @dataclass

@@ -133,7 +133,7 @@ def _show_state(analysis: Analysis, shape: dict[str, int]) -> None:
 
 def _show_bytes(plan: Plan, shape: dict[str, int]) -> None:
     """What kernels that move each tensor once move, in 16 bits, for all heads; parameters do not count by token."""
-    from .schedule import CHECKPOINT, rows_of_state
+    from .schedule import checkpoint_of, rows_of_state
 
     sizes = {axis: shape[axis.upper()] for axis in "hkv"}
 
@@ -142,9 +142,9 @@ def _show_bytes(plan: Plan, shape: dict[str, int]) -> None:
 
     inputs = sum(width(one.axes) for one in plan.analysis.inputs if "t" in one.axes)
     output = width("hv")
-    # for the backward: a state every CHECKPOINT tokens, with a normaliser what was divided by (fp32), and then o again
+    # for the backward: a state every few tokens, with a normaliser what was divided by (fp32), and then o again
     parts = 2 if plan.complex else 1
-    saved = parts * 2 * shape["H"] * rows_of_state(plan, shape["K"]) * shape["V"] // CHECKPOINT
+    saved = parts * 2 * shape["H"] * rows_of_state(plan, shape["K"]) * shape["V"] // checkpoint_of(plan)
     saved += 4 * shape["H"] if plan.normalized else 0
     reads = inputs + output + saved + (output if plan.normalized else 0)
     print(f"\nbytes per token, 16-bit inputs, {shape['H']} heads, each tensor moved once")

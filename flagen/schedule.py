@@ -105,6 +105,17 @@ def rows_of_state(plan: Plan, K: int) -> int:
     return K if not plan.taylor else 1 + K + (K * (K + 1) // 2 if plan.taylor == 2 else 0)
 
 
+def checkpoint_of(plan: Plan) -> int:
+    """Tokens between the states that the training forward keeps.
+
+    From each of them the gradient of a scalar decay is summed up anew, by token. Errors of such a sum add up in one
+    direction; half as many tokens leave half of them to a gradient that is in turn the sum over all tokens.
+    """
+    decay = plan.log_decay
+    summed = decay and any("t" not in one.axes for one in plan.inputs if one.name in decay.inputs)
+    return CHECKPOINT // 2 if plan.sweeps and summed else CHECKPOINT
+
+
 def schedule(
     plan: Plan,
     shape: Shape,
@@ -114,12 +125,12 @@ def schedule(
     device: Device = HOPPER,
     chunk_size: int | None = None,
     input_precision: str | None = None,
-    checkpoint: int = CHECKPOINT,
+    checkpoint: int | None = None,
 ) -> Schedule:
     """The schedule of a call. dtype: that of the output; exact_decay: log decays are bf16 as given.
 
     chunk_size: tokens per chunk, 16, 32, 64 or 128, instead of the plan's own; input_precision: how products of fp32
-    inputs are taken.
+    inputs are taken. checkpoint: instead of checkpoint_of.
     """
     import torch
     import triton
@@ -131,7 +142,7 @@ def schedule(
     parts = 2 if plan.complex else 1
     BV = value_block(block(shape.V, triton), BF * parts, STATE_ELEMENTS)
     BT = chunk_size or chunk(plan, BF, low)
-    LC = max(checkpoint, BT) // BT * BT
+    LC = max(checkpoint or checkpoint_of(plan), BT) // BT * BT
     bwd = tile(BT, BV, BF * BV * parts, 1)
     fwd = bwd
     # blocks of more than 128 rows and 32 columns gave wrong outputs and bad addresses with Triton 3.6 on Hopper

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -255,9 +255,13 @@ class Case:
             kind = torch.complex64 if x.is_complex() else torch.float32
             d_out.append(torch.randn(x.shape, generator=generator, dtype=kind).to(x.device, x.dtype))
         grads = _gradients((o, *final)[: len(d_out)], (*inputs, *states), d_out)
-        rate = float((o.detach().double() * d_out[0].double()).square().sum(-1).mean().sqrt()) if o.numel() else 0.0
         d_inputs, d_initial = grads[: len(inputs)], grads[len(inputs) :]
-        return Results(o.detach(), tuple(x.detach() for x in final), d_inputs, d_initial, rate)
+        return Results(o.detach(), tuple(x.detach() for x in final), d_inputs, d_initial, rate_of(o, d_out[0]))
+
+
+def rate_of(o: Tensor, do: Tensor) -> float:
+    """The RMS over tokens and heads of the norm of o * do, [B, T, H, V] both."""
+    return float((o.detach().double() * do.double()).square().sum(-1).mean().sqrt()) if o.numel() else 0.0
 
 
 def _gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], d_out: Sequence[Tensor]) -> list[Tensor | None]:
@@ -286,18 +290,28 @@ def compared(case: Case, got: Results, want: Results) -> list[Row]:
         if y is None:
             continue
         limit = max(limit_of(kind, kind_of(spec, one)) for kind in (dtype, given.dtype))
-        how = {"channels": one.axes[-1] in "kvd", "floor": _floor(case, one, y, want.rate)}
-        found = row(f"d {one.name}", x, y, limit, **how)
-        if not found.ok and not found.fault and not set("bth") <= set(_heads_for_channels(one)):
-            how["floor"] = max(how["floor"], _terms(case, one))
-            found = row(f"d {one.name}", x, y, limit, **how)
-        rows.append(found)
+        rows.append(gradient_row(case, one, x, y, want.rate, limit))
     for part, x, y in zip("Sz", got.d_initial, want.d_initial, strict=False):
         if y is None:
             continue
         kind = "gradient" if part == "S" else "gate"  # z has no value channels, its gradient is a sum over them
         rows.append(row(f"d initial_state {part}", x, y, limit_of(dtype, kind)))
     return rows
+
+
+def gradient_row(
+    case: Case, one: Input, got: Tensor, want: Tensor, rate: float, limit: float,
+    by: Callable[[Case], Sequence[Tensor | None]] | None = None,
+) -> Row:  # fmt: skip
+    """The gradient of an input beside the right one. rate: as rate_of has it. by: how the right gradients of a case
+    are found, by default by the reference.
+    """
+    how = {"channels": one.axes[-1] in "kvd", "floor": _floor(case, one, want, rate)}
+    found = row(f"d {one.name}", got, want, limit, **how)
+    if not found.ok and not found.fault and not set("bth") <= set(_heads_for_channels(one)):
+        how["floor"] = max(how["floor"], _terms(case, one, by or (lambda wide: wide.reference(None).d_inputs)))
+        found = row(f"d {one.name}", got, want, limit, **how)
+    return found
 
 
 def _floor(case: Case, one: Input, gradient: Tensor, rate: float) -> float:
@@ -316,7 +330,7 @@ def _floor(case: Case, one: Input, gradient: Tensor, rate: float) -> float:
     return SMALL * rate if one in gates(case.spec) else 0.0
 
 
-def _terms(case: Case, one: Input) -> float:
+def _terms(case: Case, one: Input, by: Callable[[Case], Sequence[Tensor | None]]) -> float:
     """The size to compare the gradient of an input with that lacks an axis, so that its gradient is a sum: the root of
     the sum of the terms' squares.
 
@@ -334,7 +348,7 @@ def _terms(case: Case, one: Input) -> float:
     spread = _spread(given, one, case)
     inputs = (*case.inputs[:place], spread.detach().requires_grad_(), *case.inputs[place + 1 :])
     wide = dataclasses.replace(case, spec=type(case.spec).from_json(json.dumps(data)), inputs=inputs)
-    terms = wide.reference(None).d_inputs[place]
+    terms = by(wide)[place]
     squares = torch.autograd.grad(spread, given, terms.square())[0]
     return float((squares.sum(-1) if one.axes[-1] in "kvd" else squares).mean().sqrt())
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .schedule import CHECKPOINT, Schedule, Shape, device_of, rows_of_state, schedule
+from .schedule import Schedule, Shape, checkpoint_of, device_of, rows_of_state, schedule
 from .torch_backend import Forward
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ class TritonBackend:
 
     chunk_size: tokens per chunk, a power of two from 16 to 128, or None for the schedule's choice. input_precision: how
     products of fp32 inputs are taken ("tf32", "tf32x3", "ieee"); None: tf32x3, which is fp32-accurate. checkpoint:
-    tokens between the states that the training forward keeps. chosen: what a GPU of a name runs instead of a schedule
-    for the module of a name, where something better is known.
+    tokens between the states that the training forward keeps; None: checkpoint_of. chosen: what a GPU of a name runs
+    instead of a schedule for the module of a name, where something better is known.
     """
 
     def __init__(
@@ -32,11 +32,12 @@ class TritonBackend:
         module: ModuleType,
         chunk_size: int | None = None,
         input_precision: str | None = None,
-        checkpoint: int = CHECKPOINT,
+        checkpoint: int | None = None,
         chosen: Callable[[Schedule, str, Shape, torch.dtype, str], Schedule] | None = None,
     ) -> None:
         self.plan, self.module, self.chosen = plan, module, chosen
-        self.options = {"chunk_size": chunk_size, "input_precision": input_precision, "checkpoint": checkpoint}
+        kept = checkpoint or checkpoint_of(plan)
+        self.options = {"chunk_size": chunk_size, "input_precision": input_precision, "checkpoint": kept}
         self.output = plan.analysis.inputs.index(plan.analysis.spec.value.inputs[0])
         self.normalized = plan.normalized
         self._schedule = functools.lru_cache(maxsize=256)(self._make_schedule)

@@ -2,7 +2,7 @@
 
 Triton decides at its import whether it interprets kernels, so the suite takes two processes (`make test`). Files
 named test_interp_*.py run only with TRITON_INTERPRET=1, all others only without it. Tests marked `gpu` are skipped
-without CUDA.
+without CUDA; `-m gpu -n N` gives those of one spec to one process, since what they take is compiling its kernels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -38,6 +39,34 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     which = "interpreter: only test_interp_*.py" if INTERPRETED else "compiled: all but test_interp_*.py"
     return f"triton: {which}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.option.markexpr != "gpu":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySpec(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return compiled_by(nodeid)
+
+    return BySpec(config, log)
+
+
+def compiled_by(nodeid: str) -> str:
+    """The tests that run the same kernels, those of one spec and dtype; what shares none with others is by itself."""
+    from hostile import NAMED
+
+    file, _, rest = nodeid.partition("::")
+    parts = rest.partition("[")[2].rstrip("]").split("-")
+    spec = next((part for part in parts if part in NAMED or part.startswith("raw")), None)
+    place = next((part for part in parts if part.startswith("triton_cuda")), None)
+    # those of a layout call an op, whose kernels have other constants than hostile.Run's
+    is_layout = "layout" in file
+    if spec is None or (place is None and not is_layout):
+        return nodeid
+    return f"{spec} {place or 'triton_cuda'} {'op' if is_layout else 'run'}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

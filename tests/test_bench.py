@@ -24,12 +24,15 @@ from flagen import (
     cli_bench_options,
     cost,
     peers,
+    reference,
     specs,
 )
 from flagen.__main__ import main, parser
 from flagen.bench import Row
 from flagen.bench_shapes import DEFAULT_WHAT, GROUPS, SHAPES, WHATS
+from flagen.compare import TOLERANCES
 from flagen.errors import FlagenError
+from flagen.expr import Input
 from flagen.schedule import Shape
 
 TINY = Shape.dense(2, 70, 3, 16, 12)
@@ -183,6 +186,62 @@ def test_the_sample_holds_other_heads_than_the_first():
     factor = torch.tensor([1.0, 1.0, 1.01]).view(3, 1)
     bad = bench.Case(case.inputs, lambda: case.run() * factor)
     assert "o: rms" in bench_check.sampled(op, bad, TINY, torch.float32)
+
+
+class _Added(torch.autograd.Function):
+    """The same tensor, with its gradient times a factor and more added to it."""
+
+    @staticmethod
+    def forward(ctx, x, factor, more):
+        ctx.factor, ctx.more = factor, more
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor + ctx.more, None, None
+
+
+def _with_rate(op, tokens, factor=1.0, more=0.0):
+    """A case of mamba2 of one head, whose gradient of A_log, one number, is wrong; and its shape."""
+    shape = Shape.dense(1, tokens, 1, 8, 8)
+    case = bench.case_of(op, shape, torch.float32, "cpu")
+
+    def run():
+        *others, rate = case.inputs
+        return op(*others, _Added.apply(rate, factor, more))[0]
+
+    return bench.Case(case.inputs, run), shape
+
+
+def _sum_and_size(op, tokens):
+    """The gradient of A_log for the sample's gradient of the output, and the root of its terms' squares."""
+    case, _ = _with_rate(op, tokens)
+    each = [x.detach().double() for x in case.inputs]
+    g = (-each[4].exp() * each[3]).requires_grad_()
+    own = op.spec.replace("own", log_decay=Input("own", "b t h"))
+    do = torch.randn(1, tokens, 1, 8, generator=torch.Generator().manual_seed(1)).double()
+    (d,) = torch.autograd.grad(reference.run(own, (*each[:4], g))[0], g, do)
+    terms = (d * g).detach()
+    return float(terms.sum()), float(terms.square().sum().sqrt())
+
+
+def test_a_sum_that_cancels_is_measured_as_check_measures_it():
+    """Against its terms, which at some length have cancelled to a tenth."""
+    op = flagen.compile("mamba2")
+    found = ((tokens, *_sum_and_size(op, tokens)) for tokens in range(10, 300))
+    tokens, total, size = next(one for one in found if abs(one[1]) < one[2] / 10)
+    limit = bench_check.SLACK * TOLERANCES[torch.float32]["gate"]
+    for share, said in ((0.9, ""), (1.1, "d A_log: rms")):
+        case, shape = _with_rate(op, tokens, more=share * limit * size)
+        assert share * limit * size > 5 * limit * abs(total)
+        assert bench_check.sampled(op, case, shape, torch.float32).startswith(said)
+        assert bool(bench_check.sampled(op, case, shape, torch.float32)) == bool(said)
+
+
+def test_a_wrong_gradient_of_a_sum_is_seen():
+    op = flagen.compile("mamba2")
+    assert bench_check.sampled(op, *_with_rate(op, 100), torch.bfloat16) == ""
+    assert "d A_log: rms" in bench_check.sampled(op, *_with_rate(op, 100, factor=1.2), torch.bfloat16)
 
 
 # --- limits and failures

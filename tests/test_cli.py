@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -236,7 +237,19 @@ def test_shards_are_a_partition():
     everything = cli_check.units([specs.get(name) for name in specs.names()], arguments.dtype, "cuda")
     for count in (1, 4, 7, 1000):
         parts = [cli_check.sharded(everything, part, count) for part in range(1, count + 1)]
-        assert [unit for part in parts for unit in part] == everything
+        assert sorted((unit for part in parts for unit in part), key=everything.index) == everything
+        assert all(part == sorted(part, key=everything.index) for part in parts)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_shard_is_a_sample_of_everything():
+    everything = cli_check.units([specs.get(name) for name in specs.names()], cli_check.DTYPES, "cuda")
+    for count in (2, 3, 4, 8):  # 8 sizes and 3 dtypes of each spec lie side by side
+        for part in range(1, count + 1):
+            found = cli_check.sharded(everything, part, count)
+            assert {unit.dtype for unit in found} == set(cli_check.DTYPES)
+            assert len({(unit.K, unit.V) for unit in found}) >= 8
+            assert len({unit.name for unit in found}) > 0.8 * len(specs.names())
 
 
 def test_grid_on_a_gpu_is_that_of_the_issue():
@@ -293,6 +306,22 @@ def test_check_needs_a_spec_and_a_device_it_has(capsys):
     assert "runs on cpu or cuda" in run(capsys, "check", "gla", "--device", "tpu")[2]
 
 
+def test_the_table_of_parts_is_the_same_in_any_order():
+    lines = [
+        Line(spec, dtype, case, tensor, 1e-3, 2e-3, 4e-3, 4e-2, ok=True)
+        for spec in ("retnet", "gla")
+        for dtype in ("fp32", "bf16")
+        for case in ("T=1", "T=2")
+        for tensor in ("o", "final_state S", "d q")
+    ]
+    whole = cli_check.table(lines)
+    assert whole == cli_check.table([*lines[12:], *lines[:12]])
+    assert [line.split()[:3] for line in whole[2:5]] == [
+        ["gla", "bf16", "o"], ["gla", "bf16", "final_state"], ["gla", "bf16", "d"],
+    ]  # fmt: skip
+    assert all(line.split()[-5] == "2" for line in whole[2:])
+
+
 def test_table_shows_the_worst_and_counts_failures(capsys):
     good = Line("gla", "bf16", "T=1", "o", 1e-3, 2e-3, 4e-3, 4e-2, ok=True)
     nan = dataclasses.replace(good, rms=float("nan"), worst=float("nan"), ok=False)
@@ -319,6 +348,50 @@ def test_pool_survives_processes_that_die():
     units = ["a", "die", "b", "sick", "c", "d"]
     found = dict(cli_pool.run(work, units, jobs=2))
     assert found == {unit: None if unit == "die" else f"did {unit}" for unit in units}
+
+
+def seen(unit: str) -> tuple[str, bool]:
+    time.sleep(0.2)  # so that every process gets a unit
+    return f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}", unit != "sick"
+
+
+def test_each_process_sees_one_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    found = [result.split() for _, result in cli_pool.run(seen, ["a", "sick", *"bcdefg"], 4, devices=("5", "7"))]
+    held = dict(found)
+    assert len(held) == 5  # one of four was replaced
+    assert sorted(held.values()) in (["5", "5", "5", "7", "7"], ["5", "5", "7", "7", "7"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,7"
+    assert [result.split()[1] for _, result in cli_pool.run(seen, ["a"], 1)] == ["5,7"]
+
+
+def test_gpus_are_shared_where_there_are_several(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert cli_pool.gpus("cuda") == ("0", "1")
+    assert cli_pool.gpus("cuda:1") == cli_pool.gpus("cpu") == ()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7,3")
+    assert cli_pool.gpus("cuda") == ("GPU-7", "3")
+    monkeypatch.setattr(cli_pool, "cores", lambda: 24)
+    assert (cli_pool.most_jobs(("0", "1")), cli_pool.most_jobs(())) == (24, 16)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert cli_pool.gpus("cuda") == ()
+
+
+@pytest.mark.parametrize("command", ["check", "fuzz"])
+def test_commands_use_every_gpu(monkeypatch, command):
+    given = []
+
+    def run(work, units, jobs, patience=None, devices=()):
+        given.append((jobs, devices))
+        return iter(())
+
+    monkeypatch.setattr(cli_pool, "run", run)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    main([command, *(["gla"] if command == "check" else []), "--device", "cuda", "--jobs", "6"])
+    assert given == [(6, ("0", "1", "2"))]
 
 
 # --- progress

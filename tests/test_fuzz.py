@@ -536,8 +536,10 @@ def test_a_finding_is_printed_once_with_its_snippet(capsys, tmp_path):
 
 
 def run_with(monkeypatch, results, *arguments):
-    def run(work, units, jobs, patience):
+    def run(work, units, jobs, patience, devices):
         for result in results:
+            if result is KeyboardInterrupt:
+                raise KeyboardInterrupt
             yield next(units), result
 
     monkeypatch.setattr(cli_fuzz.cli_pool, "run", run)
@@ -607,6 +609,11 @@ def test_arguments_of_the_command():
     given_ = parser().parse_args(["fuzz", "--device", "cuda", "--minutes", "0.5", "--jobs", "3", "--max-specs", "7"])
     assert isinstance(given_, argparse.Namespace)
     assert (given_.device, given_.minutes, given_.jobs, given_.max_specs, given_.seed) == ("cuda", 0.5, 3, 7, None)
+
+
+def test_what_is_known_is_printed_when_it_is_interrupted(monkeypatch, capsys):
+    assert run_with(monkeypatch, [([LINE], [FINDING]), KeyboardInterrupt]) == 1
+    assert "1 specs, 1 cases, 0 failed, 1 distinct, 0 ill; seed 5" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

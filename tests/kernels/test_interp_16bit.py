@@ -8,7 +8,7 @@ import torch
 from cases import ALL, SCALARS, SHIPPED
 
 import flagen
-from flagen.testing import check
+from flagen.testing import TOLERANCES, check, make_case
 
 EVERY = pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
 SHIPPED_ONLY = pytest.mark.parametrize("spec", SHIPPED, ids=lambda spec: spec.name)
@@ -49,3 +49,23 @@ def test_bf16_gates_and_packed_sequences(spec, monkeypatch):
 def test_bf16_with_the_schedules_own_chunks(spec, monkeypatch):
     bf16_interpreter.repair(monkeypatch)
     _check(spec, torch.bfloat16, T=140, H=1, chunk_size=None)
+
+
+def test_a_decays_gradient_that_is_summed_over_tokens(monkeypatch):
+    """Over several checkpoints, whose sums by token err in one direction each: measured over many heads and draws,
+    since the sum of one head may cancel.
+    """
+    bf16_interpreter.repair(monkeypatch)
+    op, wrong, whole = flagen.compile("mamba2", backend="triton"), 0.0, 0.0
+    place = [one.name for one in op.spec.inputs].index("A_log")
+    for seed in range(2):
+        sizes = {"B": None, "T": 512, "H": 8, "K": 32, "V": 32, "cu_seqlens": None}
+        case = make_case(
+            op, **sizes, dtype=torch.bfloat16, gate_dtype=torch.float32, device="cpu", backend="triton", heads=None,
+            chunk_size=None, initial_state=False, final_state=False, requires_grad=None, layout="contiguous",
+            scalars=None, scale=None, inputs=None, seed=seed,
+        )  # fmt: skip
+        got, want = (one.d_inputs[place] for one in (case.run(), case.reference(64)))
+        wrong += float((got.double() - want).square().sum())
+        whole += float(want.square().sum())
+    assert (wrong / whole) ** 0.5 < 0.75 * TOLERANCES[torch.bfloat16]["gate"]
