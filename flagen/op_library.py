@@ -10,9 +10,11 @@ dtypes alone. Inside, autocast is off and constants are evaluated on the host, o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -285,9 +287,11 @@ class Operators:
             values = self.checks.constants(scalars, heads)
             wide = device.type == "cpu" and device.type not in self.checks.triton
             dtype = torch.float64 if wide else torch.float32
-            # kept for calls in every mode
-            with torch.inference_mode(False):
-                found = tuple(torch.tensor(value, dtype=dtype, device=device) for value in values)
+            # They are kept for calls in every mode, and modes belong to a thread. A CUDA graph that is being made takes
+            # what its thread allocates into memory that is gone with the graph.
+            with ThreadPoolExecutor(1) as other:
+                make = functools.partial(torch.tensor, dtype=dtype, device=device)
+                found = tuple(other.submit(make, value).result() for value in values)
             if len(self._constants) >= MAX_CONSTANTS:
                 self._constants.clear()
             self._constants[key] = found

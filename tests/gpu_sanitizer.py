@@ -1,12 +1,14 @@
 """Runs the kernels of every shipped spec under NVIDIA's compute-sanitizer, forward, backward and one token:
 
     python tests/gpu_sanitizer.py                            # memcheck, then racecheck
+    python tests/gpu_sanitizer.py --shard 1/3                # a third of it, a sample of everything
     python tests/gpu_sanitizer.py --tool initcheck gla rwkv6
 
 memcheck finds accesses out of bounds and misaligned ones, racecheck hazards between the threads of a block in shared
-memory, initcheck reads of global memory that nobody wrote, synccheck barriers that not all threads reach. Each tool
-gets one process with small shapes: whole and cut sequences, dense and packed, fp32 and bf16. The process runs once
-without the tool before, so that compiling, which is many times slower under it, is done. Exits 0 if nothing was found.
+memory, initcheck reads of global memory that nobody wrote, synccheck barriers that not all threads reach. Each spec
+runs with small shapes, in fp32 and bf16, once with whole sequences and once with packed ones that are cut; several
+processes share these runs. They run without a tool first, so that compiling, which is many times slower under one, is
+done. Exits 0 if nothing was found.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,18 +26,23 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 42  # the exit status by which the tool says that it found something
 TESTS = Path(__file__).resolve().parent
 TOKENS, SPANS = 40, [0, 0, 11, 28, 33]
+FORMS = ("float32 whole", "bfloat16 packed", "float32 packed", "bfloat16 whole")
+MOST_JOBS = 16
+LAST = 200  # lines of what a process printed that are shown if it failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("specs", nargs="*", help="names of shipped specs; none for all that have kernels")
     parser.add_argument("--tool", action="append", choices=TOOLS, help="may be given again; memcheck and racecheck")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="only part I of N of the runs")
+    parser.add_argument("--jobs", type=int, default=min(MOST_JOBS, os.cpu_count() or 1), help="processes")
     parser.add_argument("--sanitizer", help="the path of compute-sanitizer, if it is not on PATH or where CUDA is")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
-    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--run", action="append", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.run:
-        run(chosen.specs, chosen.device)
+        run(chosen.run, chosen.device)
         return 0
     sanitizer = chosen.sanitizer or found_sanitizer()
     if sanitizer is None:
@@ -44,18 +52,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    program = [sys.executable, str(TESTS / "gpu_sanitizer.py"), "--run", "--device", chosen.device, *chosen.specs]
-    print("compiling", flush=True)
-    if status := subprocess.run(program, env=environment("none"), check=False).returncode:
+    units = sharded(chosen.specs or shipped(), chosen.shard)
+    base = [sys.executable, str(TESTS / "gpu_sanitizer.py"), "--device", chosen.device]
+    parts = [units[i :: chosen.jobs] for i in range(min(chosen.jobs, len(units)))]
+    programs = [base + [word for unit in part for word in ("--run", unit)] for part in parts]
+    print(f"compiling for {len(units)} runs, {len(programs)} processes", flush=True)
+    if status := all_of(programs, "none"):
         print(f"without a tool it ended with {status}", file=sys.stderr)
         return status
     failed = []
     for tool in chosen.tool or TOOLS[:2]:
-        print(tool, flush=True)
-        status = subprocess.run(command(sanitizer, tool, program), env=environment(tool), check=False).returncode
-        print(f"{tool}: {'nothing found' if not status else 'errors' if status == FOUND else f'ended with {status}'}")
+        status = all_of([command(sanitizer, tool, program) for program in programs], tool)
+        said = "nothing found" if not status else "errors" if status == FOUND else f"ended with {status}"
+        print(f"{tool}: {said}", flush=True)
         failed += [tool] * bool(status)
     return 1 if failed else 0
+
+
+def shipped() -> list[str]:
+    from cases import SHIPPED
+
+    return [spec.name for spec in SHIPPED]
+
+
+def sharded(names: Sequence[str], shard: str) -> list[str]:
+    """Runs as "name dtype form", of all or of a part. Each form begins with another spec, so that no part has always
+    the same ones."""
+    part, _, count = shard.partition("/")
+    turned = [(form, name) for i, form in enumerate(FORMS) for name in [*names[i:], *names[:i]]]
+    return [f"{name} {form}" for form, name in turned][int(part) - 1 :: int(count)]
+
+
+def all_of(programs: Sequence[Sequence[str]], tool: str) -> int:
+    """Runs them at once; the status of the worst, of which what it printed is shown: what was found comes last."""
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, str(i)) for i in range(len(programs))]
+        started = []
+        for program, log in zip(programs, logs, strict=True):
+            with log.open("wb") as file:
+                started.append(subprocess.Popen(program, env=environment(tool), stdout=file, stderr=file))
+        statuses = [one.wait() for one in started]
+        worst = max(statuses, key=lambda status: (status not in (0, FOUND), status == FOUND))
+        for status, log in zip(statuses, logs, strict=True):
+            if status:
+                print("\n".join(log.read_text(errors="replace").splitlines()[-LAST:]), flush=True)
+    return worst
 
 
 def command(sanitizer: str, tool: str, program: Sequence[str]) -> list[str]:
@@ -92,23 +133,21 @@ def _places() -> Iterator[str | None]:
             yield str(path.parent)
 
 
-def run(names: Sequence[str], device: str) -> None:
-    """Each spec in each form, in this process."""
+def run(units: Sequence[str], device: str) -> None:
+    """These runs, in this process."""
     import torch
-    from cases import SHIPPED
     from hostile import NAMED, Place, Run, inputs_of
 
-    backend = "triton" if device.startswith("cuda") else "torch"
-    for spec in [NAMED[name] for name in names] or SHIPPED:
-        for dtype in (torch.float32, torch.bfloat16):
-            place = Place(backend, device, dtype)
-            for cu in (None, SPANS):
-                for cut in (False, True):
-                    found = Run(place, spec, inputs_of(place, spec, 1, TOKENS, cu), cu=cu, cut=cut).everything()
-                    assert all(x.isfinite().all() for x in found.values()), (spec.name, place, cu, cut)
-            one = Run(place, spec, inputs_of(place, spec, 2, 1))
-            one.backend.step(one.inputs, one.constants, 0.4, tuple(x.clone() for x in one.initial))
-        print(spec.name, flush=True)
+    for unit in units:
+        name, dtype, form = unit.split()
+        spec, backend = NAMED[name], "triton" if device.startswith("cuda") else "torch"
+        place = Place(backend, device, getattr(torch, dtype))
+        cu = SPANS if form == "packed" else None
+        found = Run(place, spec, inputs_of(place, spec, 1, TOKENS, cu), cu=cu, cut=cu is not None).everything()
+        assert all(x.isfinite().all() for x in found.values()), unit
+        one = Run(place, spec, inputs_of(place, spec, 2, 1))
+        one.backend.step(one.inputs, one.constants, 0.4, tuple(x.clone() for x in one.initial))
+        print(unit, flush=True)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 

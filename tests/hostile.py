@@ -98,23 +98,26 @@ GPU = [
     pytest.param(Place("triton", "cuda", torch.bfloat16), marks=pytest.mark.gpu),
 ]
 PLACE = pytest.mark.parametrize("place", [TORCH, *GPU], ids=str)
-# on a GPU each spec takes minutes to compile in all forms: fp32 for what is shipped and one of each other kind
-COMPILED = (
-    SHIPPED + [NAMED[name] for name in ("value_u", "key_u_norm", "phase_key_u", "shared", "fixed_key")],
-    [NAMED[name] for name in ("scalar", "gla", "rwkv6", "linear")],
+
+
+def wherever(specs: Sequence[Spec], compiled: Sequence[str], brief: Sequence[str]) -> Any:
+    """The mark of `place` and `spec`: PyTorch with these specs, and a GPU, where to compile their kernels is what takes
+    the time, with those of the names `compiled` in fp32 and `brief` in bf16."""
+    given = [(TORCH, (), spec) for spec in specs]
+    for at, names in zip(GPU, (compiled, brief), strict=True):
+        given += [(at.values[0], at.marks, NAMED[name]) for name in names]
+    params = [pytest.param(place, spec, marks=marks, id=f"{place}-{spec.name}") for place, marks, spec in given]
+    return pytest.mark.parametrize(("place", "spec"), params)
+
+
+# every spec wherever it runs: some have no kernels. On a GPU what is shipped, and one of each other kind
+EVERYWHERE = wherever(
+    ALL + WITHOUT_KERNELS,
+    [*(spec.name for spec in SHIPPED), "value_u", "key_u_norm", "shared", "fixed_key"],
+    ["scalar", "gla", "rwkv6", "linear"],
 )
-# every spec wherever it runs: some have no kernels
-EVERYWHERE = pytest.mark.parametrize(
-    ("place", "spec"),
-    [
-        *(pytest.param(TORCH, one, id=f"{TORCH}-{one.name}") for one in ALL + WITHOUT_KERNELS),
-        *(
-            pytest.param(*at.values, one, marks=at.marks, id=f"{at.values[0]}-{one.name}")
-            for at, specs in zip(GPU, COMPILED, strict=True)
-            for one in specs
-        ),
-    ],
-)
+FEW_COMPILED = ("scalar", "gla", "rwkv6", "value_u", "based", "key_u_norm", "shared", "fixed_key")
+FEW_EVERYWHERE = wherever(FEW.args[1], FEW_COMPILED, ["scalar", "gla"])
 
 
 # --- runs

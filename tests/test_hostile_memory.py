@@ -11,11 +11,21 @@ import math
 
 import pytest
 import torch
-from hostile import CUT, EVERYWHERE, FEW, PLACE, Memory, Run, constants_of, inputs_of, nan_like, same, states_of
+from hostile import CUT, EVERYWHERE, FEW_EVERYWHERE, Memory, Run, constants_of, inputs_of, nan_like, same, states_of
 
 TOKENS = 40
 SPANS = [0, 0, 11, 28, 28, 33]  # empty sequences, one of them first, and tokens past the last
-PACKED = pytest.mark.parametrize("cu", [None, SPANS], ids=["dense", "packed"])
+# on a GPU the half of it: whole sequences dense, packed ones in pieces
+FORMS = pytest.mark.parametrize(
+    ("place", "spec", "cu", "cut"),
+    [
+        pytest.param(*one.values, cu, cut, marks=one.marks, id=f"{one.id}-{name}-{'pieces' if cut else 'whole'}")
+        for one in EVERYWHERE.args[1]
+        for name, cu in (("dense", None), ("packed", SPANS))
+        for cut in (False, True)
+        if not one.marks or cut == (cu is not None)
+    ],
+)
 
 
 def between_bands_of_nan(place, spec, cu, cut, heads=2):
@@ -67,9 +77,7 @@ def nan_past_the_last_sequence(place, spec, cut, heads=2):
     assert not got["o"][:, end:].any() and got["o"][:, :end].any()
 
 
-@EVERYWHERE
-@PACKED
-@CUT
+@FORMS
 def test_between_bands_of_nan(place, spec, cu, cut):
     between_bands_of_nan(place, spec, cu, cut)
 
@@ -79,9 +87,8 @@ def test_one_token_between_bands_of_nan(place, spec):
     one_token_between_bands_of_nan(place, spec)
 
 
-@PLACE
+@FEW_EVERYWHERE
 @CUT
-@FEW
 def test_nan_past_the_last_sequence(place, spec, cut):
     nan_past_the_last_sequence(place, spec, cut)
 

@@ -172,12 +172,15 @@ def test_more_than_2_to_the_31_elements(name):
         return (o.detach(), *torch.autograd.grad(o, leaves, do.expand(-1, -1, count, -1)))
 
     want, got = run(1), run(heads)
+    # a sum over a million tokens may cancel: this is the size of its terms
+    steps = [x * y for one, x, y in zip(spec.inputs, made.values(), want[1:], strict=True) if one.axes == "bth"]
+    size = max([float(x.double().norm()) for x in steps], default=0.0)
     for name_, one, x, y in zip(("o", *made), (None, *spec.inputs), got, want, strict=True):
         axes = "bthv" if one is None else one.axes
         for head in range(heads):
             part = x.narrow(axes.index("h"), head, 1)
             if "t" not in axes:
-                assert measure(part, y).within(2e-2), (name_, head)
+                assert measure(part, y, floor=size).within(2e-2), (name_, head)
                 continue
             for begin in (0, tokens // 2, tokens - 4096):  # measure works in fp64: a part of the tokens at a time
                 mine, other = (z.narrow(1, begin, 4096) for z in (part, y))

@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import gb, gk, gs, gv, th, u, wk, wv
-from hostile import FEW, PLACE, Run, agrees, inputs_of, sizes_of
+from hostile import FEW_EVERYWHERE, GPU, NAMED, PLACE, TORCH, Run, agrees, inputs_of, sizes_of, wherever
 
 import flagen
 from flagen import reference
@@ -166,15 +166,24 @@ def channels_of_any_size(place, spec, factors):
     assert seen >= 2
 
 
-@PLACE
-@pytest.mark.parametrize("spec", RAW.values(), ids=lambda spec: spec.name)
-def test_decays_mixed_in_a_chunk(place, spec):
-    decays_mixed_in_a_chunk(place, spec)
+ALIKE = ("raw", "raw_key", "raw_value", "raw_key_phase", "raw_row", "raw_fixed_key")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        pytest.param(*at, name, marks=marks, id=f"{at[0]}-{name}")
+        for at, marks in [((TORCH,), ()), *((one.values, one.marks) for one in GPU)]
+        for name in (ALIKE if at[0].dtype == torch.bfloat16 else RAW)
+    ],
+)
+def test_decays_mixed_in_a_chunk(place, name):
+    decays_mixed_in_a_chunk(place, RAW[name])
 
 
 @PLACE
 @pytest.mark.parametrize("which", range(len(EDGES)), ids=[f"{x:g}" for x in EDGES])
-@pytest.mark.parametrize("name", ["raw", "raw_key", "raw_value", "raw_key_phase", "raw_row", "raw_fixed_key"])
+@pytest.mark.parametrize("name", ALIKE)
 def test_decays_all_alike(place, name, which):
     decays_all_alike(place, RAW[name], which)
 
@@ -186,35 +195,30 @@ LENGTHS = pytest.mark.parametrize(
 )
 
 
-@PLACE
+@FEW_EVERYWHERE
 @LENGTHS
-@FEW
 def test_sequences_of_no_tokens(place, spec, cu):
     sequences_of_no_tokens(place, spec, cu)
 
 
-@PLACE
-@FEW
+@FEW_EVERYWHERE
 def test_a_sequence_of_no_tokens_at_the_end(place, spec):
     sequences_of_no_tokens(place, spec, [0, 18, 20, 20])
 
 
-@PLACE
-@FEW
+@FEW_EVERYWHERE
 def test_a_sequence_of_no_tokens_where_a_piece_begins(place, spec):
     sequences_of_no_tokens(place, spec, [0, 32, 32, 40], cut=True)
 
 
-@PLACE
+@FEW_EVERYWHERE
 @pytest.mark.parametrize("cu", [None, [0, 0], [0, 0, 0]], ids=["dense", "one", "two"])
-@FEW
 def test_no_tokens(place, spec, cu):
     no_tokens(place, spec, cu)
 
 
-@PLACE
+@FEW_EVERYWHERE
 @pytest.mark.parametrize("cu", [None, [0, 1], [0, 0, 1]], ids=["dense", "one", "two"])
-@FEW
 def test_one_token(place, spec, cu):
     one_token(place, spec, cu)
 
@@ -225,11 +229,13 @@ def test_a_gate_that_is_nan(place, name):
     a_gate_that_is_nan(place, RAW[name])
 
 
-@PLACE
+SIZED = ("mamba2", "gla", "rwkv6", "gateloop", "linear")
+
+
+@wherever([NAMED[name] for name in SIZED], SIZED, ["mamba2", "gla"])
 @pytest.mark.parametrize("factors", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("name", ["mamba2", "gla", "rwkv6", "gateloop", "linear"])
-def test_channels_of_any_size(place, name, factors):
-    channels_of_any_size(place, flagen.specs.get(name), factors)
+def test_channels_of_any_size(place, spec, factors):
+    channels_of_any_size(place, spec, factors)
 
 
 def test_a_gate_far_beyond_its_saturation():

@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -399,6 +400,20 @@ def test_a_cuda_graph_of_decode(name):
     torch.testing.assert_close(got, [want, *parts], rtol=0, atol=0)
 
 
+def test_constants_are_made_where_no_graph_takes_their_memory(monkeypatch):
+    """They outlive the graph that is being made at the first call, whose thread allocates from the graph's memory."""
+    op = flagen.compile(specs.get("retnet").replace("own_constants"), backend="torch")
+    made, tensor = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **how: made.append(threading.get_ident()) or tensor(*a, **how))
+    x = make_inputs(op.spec, B=1, T=4, H=2, K=4, V=4).values()
+    with torch.inference_mode():
+        op(*x)
+    assert made and threading.get_ident() not in made
+    count = len(made)
+    op(*[y.requires_grad_() for y in x])[0].sum().backward()  # those of inference mode could not be saved
+    assert len(made) == count
+
+
 @GPU
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_module_on_a_gpu(mode):
@@ -415,7 +430,7 @@ def test_a_module_moves_from_the_cpu_to_a_gpu():
     """With backend="auto" one op runs PyTorch for CPU tensors and Triton for CUDA ones."""
     model = model_of(flagen.compile("gla"), flagen.compile(mine))
     x = torch.randn(2, 37, 8)
-    want = gradients(model, model, x)
+    want = [y.clone() for y in gradients(model, model, x)]  # those themselves move with the model
     op = model[0].attend
     model.cuda()
     assert model[0].attend is op

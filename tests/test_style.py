@@ -11,6 +11,7 @@ from pathlib import Path
 
 import bans
 import pytest
+from conftest import compiled_by
 
 ROOT = Path(__file__).parent.parent
 
@@ -185,3 +186,21 @@ def test_contributing_names_what_is_there():
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), flags=re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
     assert len(text.splitlines()) < 85, "one page"
+
+
+# --- the suite itself
+
+
+def test_tests_of_the_same_kernels_go_to_one_process():
+    """On a GPU, whatever their other parameters are and in whatever order."""
+    file = "tests/test_hostile_values.py::test"
+    assert compiled_by(f"{file}[triton_cuda-gla-huge query]") == compiled_by(f"{file}_b[first-triton_cuda-gla]")
+    others = (
+        f"{file}[triton_cuda_bfloat16-gla-tiny]",
+        f"{file}[triton_cuda-raw_key--1e-07]",
+        "tests/test_hostile_layout.py::test[triton_cuda-gla-bth]",
+        "tests/test_threads.py::test[gla]",
+        "tests/test_threads.py::test[linear]",
+    )
+    assert len({compiled_by(one) for one in (f"{file}[triton_cuda-gla-tiny]", *others)}) == 6
+    assert compiled_by("tests/test_hostile_layout.py::test_two_streams[gla]") == compiled_by(others[2])
