@@ -7,8 +7,8 @@ import io
 import pickle
 import subprocess
 import sys
-import threading
 import textwrap
+import threading
 from collections.abc import Callable
 from typing import Any
 
