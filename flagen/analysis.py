@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .expr import NORM, ROW_FUNCTIONS, Call, Expr, Index, Input, Scalar, to_text
 from .functions import fold
@@ -13,6 +13,14 @@ from .intervals import interval
 from .parse import parse_derivative
 from .rank_one import canonical_erase, erase_kind
 from .spec import Spec
+from .stabilize import PEAK, RISE, gated, scaled_normalizer, scaled_roles
+
+
+class Stabilizer(NamedTuple):
+    """What m_t = max(log_decay_t + m_{t-1}, gate_t) is made of; log_decay None is 0."""
+
+    gate: Expr
+    log_decay: Expr | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +32,7 @@ class Analysis:
         Its values, one per head, are computed on the host in fp64 (functions.evaluate_host).
     units: what each unitN is the l2norm of.
     roles: the roles that are present, in the order query, key, value, log_decay, phase, bonus, and of an erase either
-        erase_a and erase_b, or erase.
+        erase_a and erase_b, or erase. A stabilised spec has gate, natural log of a factor of the key.
     gradients: for each role and each tensor input or unit in it, the derivative of the role's expression by that; a
         unit's name stands for a role whose expression is what it is the l2norm of.
     decay: "none", "scalar", "key" (per key channel) or "value" (per value channel); decay_varies: it has a time axis.
@@ -36,6 +44,8 @@ class Analysis:
     vector: the state is a vector, its channels the axis d; the decay is then none or scalar: one a channel.
     erase_previous: erase reads S_{t-1}, not what the decay leaves of it.
     normalizer, normalizer_gradient: f(n) and its derivative, over spec.NORM.
+    stabilizer: of a stabilised spec, whose roles and normaliser are those of the recurrence of exp(-m) S (stabilize.py)
+        and use the gauges beside the inputs; None otherwise.
     """
 
     spec: Spec
@@ -56,6 +66,12 @@ class Analysis:
     taylor: int
     normalizer: Expr | None
     normalizer_gradient: Expr | None
+    stabilizer: Stabilizer | None
+
+    @property
+    def gauges(self) -> tuple[Input, ...]:
+        """Tensors [B, T, H] that are made of the inputs before all else, and have no gradient: m and its rise."""
+        return () if self.stabilizer is None else (PEAK, RISE)
 
     def role(self, name: str) -> Expr | None:
         """The expression of a role, with constants replaced; None where the spec has no such role."""
@@ -80,6 +96,10 @@ class Analysis:
         if self.erase != "none":
             lines.append(f"erase: {self.erase}, reads the {self.spec.erase_reads} state")
         lines += [f"{one.name} = l2norm({expr})" for one, expr in self.units]
+        if self.stabilizer is not None:
+            gate, decay = self.stabilizer
+            lines.append(f"peak_t = max({'' if decay is None else f'{decay} + '}peak_{{t-1}}, {gate})")
+            lines.append("rise_t = peak_t - peak_{t-1}")
         lines += [f"{role} = {expr}" for role, expr in self.roles]
         lines += [f"d {role} / d {one.name} = {expr}" for role, one, expr in self.gradients]
         if self.normalizer is not None:
@@ -127,7 +147,9 @@ def _analysis(spec: Spec, derivative: Callable[[str, Expr, Input], Expr]) -> Ana
     """`derivative`: that of a role's expression (or of "normalizer") by an input."""
     constants: dict[Expr, Input] = {}
     units: dict[Expr, Input] = {}
-    folded = canonical_erase({role: fold(expr) for role, expr in spec.roles})
+    given = {role: fold(expr) for role, expr in spec.roles}
+    stabilized = spec.stabilize is not None
+    folded = canonical_erase(scaled_roles(given) if stabilized else given)
     roles = tuple((role, _hoist(_normalised(expr, units), constants)) for role, expr in folded.items())
     normalised = tuple((name, _hoist(expr, constants)) for expr, name in units.items())
     gradients = tuple(
@@ -136,9 +158,11 @@ def _analysis(spec: Spec, derivative: Callable[[str, Expr, Input], Expr]) -> Ana
         for one in (*spec.inputs, *units.values())
         if one in expr.inputs
     )
-    decay_axes = spec.log_decay.axes if spec.log_decay is not None else ""
-    low = interval(spec.log_decay).low if spec.log_decay is not None else -math.inf
+    decay_axes = folded["log_decay"].axes if "log_decay" in folded else ""
+    low = interval(spec.log_decay).low if spec.log_decay is not None and not stabilized else -math.inf
     normalizer = None if spec.normalizer is None else fold(spec.normalizer)
+    if stabilized and normalizer is not None:
+        normalizer = scaled_normalizer(normalizer)
     return Analysis(
         spec=spec,
         inputs=spec.inputs,
@@ -148,7 +172,7 @@ def _analysis(spec: Spec, derivative: Callable[[str, Expr, Input], Expr]) -> Ana
         roles=roles,
         gradients=gradients,
         decay="none"
-        if spec.log_decay is None
+        if "log_decay" not in folded
         else "key"
         if "k" in decay_axes
         else "value"
@@ -158,13 +182,20 @@ def _analysis(spec: Spec, derivative: Callable[[str, Expr, Input], Expr]) -> Ana
         decay_low=low if math.isfinite(low) else None,
         is_complex=spec.phase is not None,
         exclusive=spec.bonus is not None,
-        erase=erase_kind({role: fold(expr) for role, expr in spec.roles}),
+        erase=erase_kind(given),
         vector=spec.vector,
         erase_previous=spec.erase_reads == "previous",
         taylor=spec.taylor,
         normalizer=normalizer,
         normalizer_gradient=None if normalizer is None else derivative("normalizer", normalizer, NORM),
+        stabilizer=_stabilizer(given, constants) if stabilized else None,
     )
+
+
+def _stabilizer(roles: dict[str, Expr], constants: dict[Expr, Input]) -> Stabilizer:
+    gate, decay = gated(roles["key"]).gate, roles.get("log_decay")
+    assert gate is not None, "validate_stabilize refuses a key without a gate"
+    return Stabilizer(_hoist(gate, constants), None if decay is None else _hoist(decay, constants))
 
 
 def _hoist(expr: Expr, constants: dict[Expr, Input]) -> Expr:

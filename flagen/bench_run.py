@@ -311,4 +311,5 @@ def _state(op: Op, shape: Shape, device: str) -> tuple[Tensor, ...]:
     rows = shape.K if op.plan is None else rows_of_state(op.plan, shape.K)
     kind = torch.float32 if op.spec.phase is None else torch.complex64
     state = torch.randn(shape.N, shape.H, rows, shape.V, dtype=kind, device=device)
-    return (state,) if op.spec.normalizer is None else (state, torch.rand(shape.N, shape.H, rows, device=device) + 1)
+    others = torch.rand(shape.N, shape.H, rows, device=device) + 1, torch.zeros(shape.N, shape.H, device=device)
+    return (state, *others)[: op.spec.state_parts]

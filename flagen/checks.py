@@ -57,7 +57,7 @@ class Checks:
         # without a time axis b counts sequences, which with cu_seqlens are not the batch
         self.axes = tuple(one.axes if "t" in one.axes else one.axes.replace("b", "n") for one in analysis.inputs)
         self.complex, self.vector = analysis.is_complex, analysis.vector
-        self.parts = 2 if analysis.normalizer is not None else 1
+        self.parts = analysis.spec.state_parts
         self.max_key = max_key(analysis.spec)
 
     # --- tensors
@@ -195,14 +195,17 @@ class Checks:
     # --- states
 
     def state(self, argument: str, state: Any, sizes: Sizes, device: torch.device) -> tuple[Tensor, ...]:
-        """A state as a tuple: (S,), or (S, z) with normalize; () for None."""
+        """A state as a tuple: (S,), (S, z) with normalize, (S, z, m) with stabilize; () for None."""
         if state is None:
             return ()
-        if self.parts == 2:
-            if not isinstance(state, (tuple, list)) or len(state) != 2:
+        if self.parts > 1:
+            if not isinstance(state, (tuple, list)) or len(state) != self.parts:
+                form, more = "a pair (S, z)", ""
+                if self.parts == 3:
+                    form, more = "a triple (S, z, m)", ", m what both are held divided by, in logarithms"
                 raise TypeError(
-                    f"{self.name}: {argument} must be a pair (S, z), as {self.name} returns it, got {_kind(state)}; z "
-                    "is the running sum of the keys' features"
+                    f"{self.name}: {argument} must be {form}, as {self.name} returns it, got {_kind(state)}; z "
+                    f"is the running sum of the keys' features{more}"
                 )
             parts = tuple(state)
         else:
@@ -216,14 +219,17 @@ class Checks:
             if not is_dense(x):
                 raise ValueError(f"{self.name}: {argument} {not_dense(x)}")
             if x.shape != want[: 4 - i] or x.dtype is not dtype or x.device != device:
-                self._bad_state(argument + ("", "[1], the sum z,")[i], x, want[: 4 - i], dtype, device)
+                self._bad_state(
+                    argument + ("", "[1], the sum z,", "[2], the scale m,")[i], x, want[: 4 - i], dtype, device
+                )
         return parts
 
     def _bad_state(
         self, what: str, x: Tensor, want: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> NoReturn:
         rows = "F" if self.analysis.taylor else "K"
-        form = {4: f"[N, H, {rows}, V]", 3: f"[N, H, {rows}]", 2: "[N, D]"}[len(want)]
+        flat = "[N, D]" if self.vector else "[N, H]"
+        form = {4: f"[N, H, {rows}, V]", 3: f"[N, H, {rows}]", 2: flat}[len(want)]
         if tuple(x.shape) != want:
             notes = ["N is the batch size, or the number of sequences of cu_seqlens"]
             notes.append("D the number of channels" if self.vector else "H the largest number of heads")

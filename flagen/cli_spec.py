@@ -128,7 +128,8 @@ def _show_state(analysis: Analysis, shape: dict[str, int]) -> None:
         print(f"    state    {kind} [{shape['B']}, {shape['D']}]")
         return
     print(f"    state    {kind} [{shape['B']}, {shape['H']}, {rows}, {shape['V']}]", end="")
-    print(f", and [{shape['B']}, {shape['H']}, {rows}]" if spec.normalizer is not None else "")
+    parts = (f"[{shape['B']}, {shape['H']}, {rows}]", f"[{shape['B']}, {shape['H']}]")[: spec.state_parts - 1]
+    print("".join(f", and {one}" for one in parts))
 
 
 def _show_bytes(plan: Plan, shape: dict[str, int]) -> None:
@@ -145,7 +146,7 @@ def _show_bytes(plan: Plan, shape: dict[str, int]) -> None:
     # for the backward: a state every few tokens, with a normaliser what was divided by (fp32), and then o again
     parts = 2 if plan.complex else 1
     saved = parts * 2 * shape["H"] * rows_of_state(plan, shape["K"]) * shape["V"] // checkpoint_of(plan)
-    saved += 4 * shape["H"] if plan.normalized else 0
+    saved += 4 * shape["H"] * (plan.normalized + 2 * plan.stabilized)
     reads = inputs + output + saved + (output if plan.normalized else 0)
     print(f"\nbytes per token, 16-bit inputs, {shape['H']} heads, each tensor moved once")
     print(f"    forward   {inputs + output:8}  reads {inputs}, writes {output}")

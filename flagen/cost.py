@@ -228,7 +228,8 @@ def dtype_of(axes: str, dtype: torch.dtype) -> torch.dtype:
 
 def _state_bytes(plan: Plan, shape: Shape) -> int:
     rows = rows_of_state(plan, shape.K)
-    return 4 * shape.N * shape.H * (rows * shape.V * (2 if plan.complex else 1) + (rows if plan.normalized else 0))
+    sums = (rows if plan.normalized else 0) + (1 if plan.stabilized else 0)
+    return 4 * shape.N * shape.H * (rows * shape.V * (2 if plan.complex else 1) + sums)
 
 
 def costs(calls: Calls, source: str, machine: Machine, constants: Constants = FITTED) -> tuple[KernelCost, ...]:

@@ -225,7 +225,7 @@ def _states(plan: Plan, inputs: tuple[Tensor, ...], backend: TritonBackend) -> t
     sizes = backend._sizes(inputs, None)
     rows = schedules.rows_of_state(plan, sizes.K)
     kind = torch.complex64 if plan.complex else torch.float32
-    shapes = ((sizes.N, sizes.H, rows, sizes.V), (sizes.N, sizes.H, rows))[: 1 + plan.normalized]
+    shapes = ((sizes.N, sizes.H, rows, sizes.V), (sizes.N, sizes.H, rows), (sizes.N, sizes.H))[: plan.spec.state_parts]
     return tuple(torch.empty(x, dtype=kind if i == 0 else torch.float32, device="meta") for i, x in enumerate(shapes))
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from .cost_work import BYTES, Block, CostError, Dtype, Work, functions_of
+from .cost_work import BYTES, Block, CostError, Dtype, Work, functions_of, plain
 
 # turns of a loop that are counted one by one, a quarter of them in loops around loops; the others are taken to be like
 # them. As many as there are chunks between checkpoints at the most
@@ -59,7 +59,7 @@ def count(
     run = _Run(functions, constants, program)
     run.where = kernel
     try:
-        run.call(functions[kernel], (), {name: _plain(value) for name, value in arguments.items()})
+        run.call(functions[kernel], (), {name: plain(value) for name, value in arguments.items()})
     except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CostError(f"{kernel}: the cost model stumbled: {type(error).__name__}: {error}") from error
     return run.work, run.blocks
@@ -204,6 +204,8 @@ class _Run:
             return self.constants[node.id]
         if node.id == "tl":
             return _Scope("tl")
+        if node.id in self.functions:
+            return _Scope(node.id)
         raise CostError(f"{self.where}: {node.id!r} has no value where it is used")
 
     def attribute(self, node: ast.Attribute, scope: Mapping[str, Any]) -> Any:
@@ -349,6 +351,12 @@ class _Run:
         self.do_sum(x, axis)
         return x
 
+    def do_associative_scan(self, x: tuple[Block, ...], axis: int, combine: Any) -> tuple[Block, ...]:
+        return tuple(self.do_cumsum(one, axis) for one in x)
+
+    def do_gather(self, x: Block, index: Block, axis: int) -> Any:
+        return self.elementwise(None, (x, index))
+
     def do_load(self, pointer: Block, mask: Any = None, other: Any = None, **hints: Any) -> Block:
         self.work.reads[pointer.tensor] += self.weight * prod(pointer.shape) * BYTES[pointer.dtype]
         self.work.lanes += self.weight * prod(pointer.shape)
@@ -384,10 +392,3 @@ class _Run:
             f"{self.where}, line {getattr(node, 'lineno', '?')}: the cost model does not know what "
             f"{ast.unparse(node)[:80]!r} costs; teach it to flagen/cost_trace.py"
         )
-
-
-def _plain(value: Any) -> Any:
-    """An argument as the evaluation takes it: dtypes of Triton by their names."""
-    if hasattr(value, "primitive_bitwidth"):
-        return Dtype(value.name)
-    return value

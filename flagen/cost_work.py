@@ -80,3 +80,8 @@ def kernels_of(source: str) -> tuple[str, ...]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name)
     }
     return tuple(name for name in functions if name in launched)
+
+
+def plain(value: Any) -> Any:
+    """An argument as the evaluation takes it: dtypes of Triton by their names."""
+    return Dtype(value.name) if hasattr(value, "primitive_bitwidth") else value

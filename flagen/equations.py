@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .expr import ATOM, LEVELS, OPERAND_LEVELS, Call, Expr, Input, Leaf, Number, substitute, to_text
+from .stabilize import gated
 
 if TYPE_CHECKING:
     from .spec import Spec
@@ -63,9 +64,19 @@ def plain(spec: Spec) -> list[str]:
     lines.append(f"o_t = {output}")
     if spec.normalizer is not None:
         lines.append("n = the numerator with value 1")
+    lines += _plain_scale(spec, write)
     if spec.taylor:
         lines.append(f"f(x)^T f(y) = {'1 + x^T y' if spec.taylor == 1 else '1 + x^T y + (x^T y)^2 / 2'}")
     return lines
+
+
+def _plain_scale(spec: Spec, write: _Plain) -> list[str]:
+    if spec.stabilize is None:
+        return []
+    gate = gated(spec.key).gate
+    assert gate is not None, "validate_stabilize refuses a key without a gate"
+    forget = "" if spec.log_decay is None else f"{write.text(spec.log_decay)} + "
+    return [f"S and n are held times exp(-m), m_t = max({forget}m_{{t-1}}, {write.text(gate)})"]
 
 
 def _plain_vector(spec: Spec, write: _Plain) -> list[str]:
@@ -162,6 +173,12 @@ def latex(spec: Spec) -> str:
     lines.append(f"o_t &= {numerator}")
     if spec.normalizer is not None:
         lines.append(r"n &= \text{the numerator with value } 1")
+    if spec.stabilize is not None:
+        gate = gated(spec.key).gate
+        assert gate is not None, "validate_stabilize refuses a key without a gate"
+        forget = "" if spec.log_decay is None else f"{_latex(spec.log_decay)[0]} + "
+        scale = rf"\max\left({forget}m_{{t-1}}, {_latex(gate)[0]}\right)"
+        lines.append(rf"m_t &= {scale}, \quad S, n \text{{ held times }} e^{{-m}}")
     if spec.taylor:
         square = r" + \tfrac{1}{2} (x^{\top} y)^2" if spec.taylor == 2 else ""
         lines.append(rf"f(x)^{{\top}} f(y) &= 1 + x^{{\top}} y{square}")

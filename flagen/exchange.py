@@ -4,8 +4,8 @@
      "value": "v", "log_decay": "g"}
 
 Optional: log_decay, phase, bonus, erase (a list of two expressions), erase_reads ("previous"), feature_map ("taylor(2)"
-or an expression over x), normalize (true or an expression over n), eps, scale, scalars (a list of names); an input may
-have low and high. Every other field is refused.
+or an expression over x), normalize (true or an expression over n), eps, stabilize ("max"), scale, scalars (a list of
+names); an input may have low and high. Every other field is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ MAX_JSON = 65_536  # characters
 _FIELDS = {
     "flagen_spec": int, "name": str, "inputs": list, "scalars": list, "query": str, "key": str, "value": str,
     "log_decay": str, "phase": str, "bonus": str, "erase": list, "erase_reads": str,
-    "feature_map": str, "normalize": (bool, str), "eps": (int, float), "scale": (int, float),
+    "feature_map": str, "normalize": (bool, str), "eps": (int, float), "stabilize": str,
+    "scale": (int, float),
 }  # fmt: skip
 _REQUIRED = ("flagen_spec", "name", "inputs", "query", "key", "value")
 _INPUT_FIELDS = {"name": str, "axes": str, "low": (int, float), "high": (int, float)}
@@ -52,6 +53,8 @@ def to_json(spec: Spec) -> str:
         data["normalize"] = to_text(spec.normalize) if isinstance(spec.normalize, Expr) else True
     if spec.eps != EPS:
         data["eps"] = spec.eps
+    if spec.stabilize is not None:
+        data["stabilize"] = spec.stabilize
     if spec.scale is not None:
         data["scale"] = spec.scale
     return json.dumps(data, indent=2, allow_nan=False)
@@ -90,7 +93,7 @@ def spec_arguments(text: str) -> dict[str, Any]:
     arguments["normalize"] = (
         parse(normalize, {NORM.name: NORM}, f"{name}: normalize") if isinstance(normalize, str) else normalize
     )
-    arguments |= {field: data[field] for field in ("eps", "scale") if field in data}
+    arguments |= {field: data[field] for field in ("eps", "stabilize", "scale") if field in data}
     _check_used(name, arguments, scalars)
     return arguments | {"inputs": inputs}
 

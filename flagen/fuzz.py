@@ -165,6 +165,7 @@ def _constructor(spec: Spec) -> list[str]:
     if spec.normalize is not False:
         shown["normalize"] = f"lambda n: {to_text(spec.normalize)}" if isinstance(spec.normalize, Expr) else "True"
     shown |= {"eps": repr(spec.eps)} if spec.eps != EPS else {}
+    shown |= {"stabilize": repr(spec.stabilize)} if spec.stabilize is not None else {}
     shown |= {"scale": repr(spec.scale)} if spec.scale is not None else {}
     if spec.inputs != default_inputs(spec):
         shown["inputs"] = repr(tuple(one.name for one in spec.inputs))
@@ -207,6 +208,7 @@ def features(trial: Trial) -> frozenset[str]:
     found = {f"decay {decay_kind(spec)}"} if spec.log_decay is not None else set()
     found |= {f"taylor({spec.taylor})"} if spec.taylor else {"feature map"} if spec.feature_map is not None else set()
     found |= {"normalize"} if spec.normalizer is not None else set()
+    found |= {"stabilize"} if spec.stabilize is not None else set()
     found |= {role for role in ("phase", "bonus") if getattr(spec, role) is not None}
     bare = {"query": spec.bare_query, "key": spec.bare_key, "value": spec.value}
     found |= {role for role, expr in bare.items() if not isinstance(expr, Input)}

@@ -70,6 +70,10 @@ SIGNED_DIVISORS: tuple[Any, ...] = (
 )
 
 
+# those that can be scaled
+HOMOGENEOUS = (SIGNED_DIVISORS[0], SIGNED_DIVISORS[2])
+
+
 @dataclass(frozen=True)
 class Profile:
     """What arguments are drawn from, the simplest first. lengths: tokens, of a chunk of C tokens, as functions of C.
@@ -195,6 +199,8 @@ def drawn_spec(draw: Draw, rows: bool = True) -> Spec:
     found["scale"] = one_of(draw, (None, None, 1, 0.3))
     for name, own, others in (("key", k, (q, k)), ("query", q, (q, k)), ("value", v, (v,))):
         found[name] = draw(_part(exprs.role, own, others, rows))
+    if found.get("normalize") in HOMOGENEOUS and not per_key and not found.keys() & {"bonus", "feature_map"}:
+        found |= draw(_part(_gate, found["key"]))
     return _declared(draw, found)
 
 
@@ -249,6 +255,14 @@ def _bonus(draw: Draw, divides: bool) -> dict[str, Any]:
     axes = one_of(draw, exprs.subsets("bthk"))
     is_positive = draw(st.booleans()) or divides
     return {"bonus": exprs.positive(draw, axes) if is_positive else exprs.signed(draw, axes)}
+
+
+def _gate(draw: Draw, key: Expr) -> dict[str, Any]:
+    """An exponential gate, which the state is held divided by."""
+    if not draw(st.booleans()):
+        return {}
+    axes = one_of(draw, exprs.subsets("bth"))
+    return {"key": key * exp(one_of(draw, (1, 3)) * exprs.signed(draw, axes)), "stabilize": "max"}
 
 
 def _declared(draw: Draw, arguments: dict[str, Any]) -> Spec:

@@ -15,13 +15,14 @@ from . import op_text, reference
 from .checks import Checks, Sizes
 from .op_autograd import function_of_a_call
 from .op_library import Operators
+from .stabilize import gated
 
 if TYPE_CHECKING:
     from .analysis import Analysis
     from .plan import Plan
     from .spec import Spec
 
-State = Tensor | tuple[Tensor, Tensor]
+State = Tensor | tuple[Tensor, ...]
 _MISSING = object()
 INT32 = torch.iinfo(torch.int32)
 MAX_PASSED = 4096  # forms of calls that are remembered as right
@@ -105,7 +106,7 @@ class Op:
             o, final, _ = forward(tensors, state, cu_seqlens, scalars, scale, want_final, False)
         if not want_final:
             return o, None
-        return o, final[0] if self._checks.parts == 1 else (final[0], final[1])
+        return o, final[0] if self._checks.parts == 1 else tuple(final)
 
     def _step(self, *tensors: Tensor, state: Any = _MISSING, scale: float | None = None, **named: Any) -> Tensor:
         if named or self._scalar_names or len(tensors) != len(self._names) or state is _MISSING:
@@ -239,6 +240,7 @@ class Op:
 
 def _cast_by_autocast(spec: Spec) -> tuple[bool, ...]:
     gates = {one for role, expr in spec.roles if role in ("log_decay", "phase", "bonus") for one in expr.inputs}
+    gates |= set() if spec.stabilize is None else set(gated(spec.key).gate.inputs)
     # of an erase the vectors are cast, the numbers per token are gates
     gates |= {one for expr in spec.erase or () for one in expr.inputs if "k" not in one.axes}
     return tuple(one not in gates for one in spec.inputs)

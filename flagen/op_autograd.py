@@ -39,7 +39,7 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         op, settings, cu_seqlens, count, *tensors = inputs
         saved = output[1 + (op._checks.parts if settings[2] else 0) :]
-        ctx.mark_non_differentiable(*saved)
+        ctx.mark_non_differentiable(*saved, *output[3 : len(output) - len(saved)])  # of a state's parts m has none
         _keep(ctx, op, settings, cu_seqlens, count, tensors, output[0], saved)
 
     @staticmethod
@@ -52,7 +52,7 @@ class Attention(torch.autograd.Function):
         cu_seqlens, o, *saved = ctx.saved_tensors
         inputs, initial, saved = saved[:count], saved[count : count + ctx.states], saved[count + ctx.states :]
         d_state = rest[0] if want_final else None
-        d_sums = rest[1] if want_final and op._checks.parts == 2 else None
+        d_sums = rest[1] if want_final and op._checks.parts > 1 else None
         needs = ctx.needs_input_grad[4 : 4 + count]
         arguments = d_o, d_state, d_sums, o, saved, inputs, initial, cu_seqlens, scalars, scale, needs, ctx.states > 0
         if not torch.is_grad_enabled():
@@ -96,6 +96,7 @@ class EagerAttention(torch.autograd.Function):
             tensors[:count], tensors[count:], cu_seqlens, scalars, scale, want_final, True
         )
         _keep(ctx, op, settings, cu_seqlens, count, tensors, o, saved)
+        ctx.mark_non_differentiable(*final[2:])
         return o, *final
 
     jvp = TransformedAttention.jvp
@@ -118,7 +119,7 @@ def _keep(
     ctx.op, ctx.settings, ctx.count, ctx.states = op, settings, count, len(initial)
     ctx.initial_count = len(tensors) - count
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(cu_seqlens, o if op._checks.parts == 2 else None, *tensors[:count], *initial, *saved)
+    ctx.save_for_backward(cu_seqlens, o if op._checks.parts > 1 else None, *tensors[:count], *initial, *saved)
 
 
 class _Gradient(torch.autograd.Function):

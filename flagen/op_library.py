@@ -274,6 +274,8 @@ class Operators:
         states = [inputs[0].new_empty(shape, dtype=state_dtype(wide, self.analysis.is_complex))]
         if self.normalized:
             states.append(inputs[0].new_empty((N, H, F), dtype=state_dtype(wide, False)))
+        if self.analysis.stabilizer is not None:
+            states.append(inputs[0].new_empty((N, H), dtype=state_dtype(wide, False)))
         return states
 
     def _constants_of(self, inputs: Sequence[Tensor], scalars: Sequence[float]) -> tuple[Tensor, ...]:

@@ -42,12 +42,13 @@ def step_signature(spec: Spec) -> inspect.Signature:
 
 def _signature(spec: Spec, options: Mapping[str, object], result: str) -> inspect.Signature:
     parameter = inspect.Parameter
+    pair = "tuple[Tensor, Tensor, Tensor]" if spec.stabilize is not None else "tuple[Tensor, Tensor]"
     kinds = {
         "scale": "float | None",
         "output_final_state": "bool",
         "cu_seqlens": "Tensor | None",
-        "initial_state": "tuple[Tensor, Tensor] | None" if _pair(spec) else "Tensor | None",
-        "state": "tuple[Tensor, Tensor]" if _pair(spec) else "Tensor",
+        "initial_state": f"{pair} | None" if _pair(spec) else "Tensor | None",
+        "state": pair if _pair(spec) else "Tensor",
     }
     tensors = [parameter(one.name, parameter.POSITIONAL_OR_KEYWORD, annotation="Tensor") for one in spec.inputs]
     scalars = [parameter(one.name, parameter.KEYWORD_ONLY, annotation="float") for one in spec.scalars]
@@ -98,10 +99,12 @@ def call_doc(spec: Spec) -> str:
     if any("b" in one.axes and "t" not in one.axes for one in spec.inputs):
         lines.append("    Tensors with the axis B and without T then have a row per sequence.")
     output = "[B, T, D]" if spec.vector else "[B, T, H, V]"
+    gauge = ["m counts as a constant: it has no gradient, and o does not depend on it."] if spec.stabilize else []
     lines += [
         "",
         f"Returns o {output}, in the dtype of {spec.value.inputs[0].name}, and the final state or None.",
         "Every tensor and initial_state get a gradient, from o and from the final state, but no second derivative.",
+        *gauge,
         "Raises ValueError and TypeError on arguments that do not fit, before anything runs.",
     ]
     return "\n".join(lines)
@@ -142,6 +145,8 @@ def _state(spec: Spec) -> str:
     else:
         rows = "F" if spec.taylor else "K"
         form = f"the pair (S [N, H, {rows}, V], z [N, H, {rows}]) {kind}"
+        if spec.stabilize is not None:
+            form = f"the triple (S [N, H, {rows}, V], z [N, H, {rows}], m [N, H]) {kind}, S and z times exp(-m)"
     rows = {1: "; F = 1 + K features", 2: "; F = 1 + K + K (K + 1) / 2 features"}.get(spec.taylor, "")
     return f"{form} ({wide} if a tensor is float64){rows}"
 

@@ -14,12 +14,12 @@ from .analysis import Analysis
 from .errors import PlanError
 from .expr import Expr, Input, Number
 from .functions import triton_text
-from .plan_parts import Gradient, Kernel, Role, TensorArg, Term, block_name, block_text, leaves
+from .plan_parts import Gradient, Held, Kernel, Role, TensorArg, Term, block_name, block_text, held, leaves, row_text
 
 if TYPE_CHECKING:
     from .spec import Spec
 
-ROLE_CHANNEL = {"query": "k", "key": "k", "value": "v", "phase": "k", "bonus": "k"}
+ROLE_CHANNEL = {"query": "k", "key": "k", "value": "v", "phase": "k", "bonus": "k", "gate": ""}
 # the accumulated decay of a step is clamped here (natural log; exact in bf16): exp(-128) is 0 in fp32
 DECAY_FLOOR = -128.0
 
@@ -44,7 +44,12 @@ class Plan:
 
     @cached_property
     def tensors(self) -> tuple[TensorArg, ...]:
-        """The inputs in order, then the host constants."""
+        """The inputs in order, then the host constants, then the gauges."""
+        return self.given + tuple(TensorArg(one.name, one.axes, True, "") for one in self.analysis.gauges)
+
+    @cached_property
+    def given(self) -> tuple[TensorArg, ...]:
+        """Those that a call has: the inputs and the host constants."""
         constants = tuple(TensorArg(one.name, one.axes, True, "") for one, _ in self.analysis.constants)
         return tuple(TensorArg(one.name, one.axes, False, self._cast(one)) for one in self.analysis.inputs) + constants
 
@@ -130,15 +135,20 @@ class Plan:
     @property
     def normalizer(self) -> str:
         """f(n) as text over b_n."""
-        return self._normalizer_text(self.analysis.normalizer)
+        return row_text(self.analysis.normalizer)
 
     @property
     def normalizer_gradient(self) -> str:
-        return self._normalizer_text(self.analysis.normalizer_gradient)
+        return row_text(self.analysis.normalizer_gradient)
 
-    def _normalizer_text(self, expr: Expr | None) -> str:
-        assert expr is not None, "there is no normaliser"
-        return triton_text(expr, {leaf: "b_n" for leaf in expr.walk() if isinstance(leaf, Input)})
+    @property
+    def stabilized(self) -> bool:
+        return self.analysis.stabilizer is not None
+
+    @cached_property
+    def held(self) -> Held:
+        """What a stabilised state is held divided by."""
+        return held(self.analysis.stabilizer, self.given)
 
     @property
     def decay_floor(self) -> float:
@@ -181,6 +191,10 @@ class Plan:
     @cached_property
     def log_decay(self) -> Role | None:
         return self._role_if_given("log_decay")
+
+    @cached_property
+    def gate(self) -> Role | None:
+        return self._role_if_given("gate")
 
     @cached_property
     def phase(self) -> Role | None:
@@ -245,7 +259,7 @@ class Plan:
     def gradients_after(self, stage: str) -> tuple[Gradient, ...]:
         """The gradients that are whole once the role `stage` has its own: kernels store them there. What needs the
         decay's or the angle's gradient comes last, and a bonus has its own before the query."""
-        order = {"bonus": 0, "query": 0, "key": 1, "value": 2, "log_decay": 3, "phase": 3}
+        order = {"bonus": 0, "query": 0, "key": 1, "value": 2, "log_decay": 3, "gate": 3, "phase": 3}
         found = []
         for x in self.gradients:
             # pairs inside chunks have given a bonus its gradient already
@@ -280,24 +294,27 @@ class Plan:
 
     def tensors_of(self, *roles: str) -> tuple[TensorArg, ...]:
         """The tensors that the named roles use."""
-        names = {leaf.name for role, expr in self.analysis.roles if role in roles for leaf in leaves(expr)}
+        used = {**dict(self.analysis.roles), "normalizer": self.analysis.normalizer}
+        names = {
+            leaf.name for role, expr in used.items() if role in roles and expr is not None for leaf in leaves(expr)
+        }
         return tuple(tensor for tensor in self.tensors if tensor.name in names)
 
     @cached_property
     def state_tensors(self) -> tuple[TensorArg, ...]:
         """What the state's update needs: no query."""
-        return self.tensors_of("key", "value", "log_decay", "phase")
+        return self.tensors_of("key", "value", "log_decay", "gate", "phase")
 
     @cached_property
     def adjoint_tensors(self) -> tuple[TensorArg, ...]:
         """What the adjoint's update needs: no key, no value."""
-        return self.tensors_of("query", "log_decay", "phase")
+        return self.tensors_of("query", "log_decay", "phase", "normalizer")
 
     def sweep_tensors(self, role: str) -> tuple[TensorArg, ...]:
         """What the sweep for the gradient of query, key or value reads: the other two, the decay and a bonus, and its
         own role's where a derivative or the decay's gradient needs it."""
-        roles = {"query", "key", "value", "log_decay", "bonus"} - {role}
-        if role != "value" and (self.own_term or self.gradients_of("log_decay")):
+        roles = {"query", "key", "value", "log_decay", "gate", "bonus", "normalizer"} - {role}
+        if role != "value" and (self.own_term or self.gradients_of("log_decay", "gate")):
             roles.add(role)
         names = {one.name for one in self.tensors_of(*roles)}
         names |= {leaf.name for of, _, diff in self.analysis.gradients if of == role for leaf in leaves(diff)}
@@ -319,9 +336,11 @@ class Plan:
     def kernels(self) -> tuple[Kernel, ...]:
         names = tuple(one.name for one in self.inputs)
         state = ("S", "z") if self.normalized else ("S",)
+        held = (*state, "m") if self.stabilized else state
         keys = tuple(one.name for one in self.state_tensors if not one.is_constant)
         queries = tuple(one.name for one in self.adjoint_tensors if not one.is_constant)
         return (
+            *((self.held.kernel(self.name),) if self.stabilized else ()),
             Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=names, writes=("o", *state),
                    when="always"),
             Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=keys, writes=state,
@@ -331,7 +350,7 @@ class Plan:
             Kernel(name=f"{self.name}_bwd_state_kernel", direction="backward", reads=(*queries, "do"),
                    writes=tuple(f"d{x}" for x in state), when="the backward is cut into pieces"),
             *self._backward_kernels,
-            Kernel(name=f"{self.name}_step_kernel", direction="one token", reads=(*names, *state), writes=("o", *state),
+            Kernel(name=f"{self.name}_step_kernel", direction="one token", reads=(*names, *held), writes=("o", *held),
                    when="decode"),
         )  # fmt: skip
 
@@ -346,12 +365,13 @@ class Plan:
         found = []
         for kernel, direction, roles in (
             ("dq", "forward", ("query", "bonus")), ("dk", "backward", ("key",)), ("dv", "backward", ("value",)),
-            ("dg", "either", ("log_decay",)),
+            ("dg", "either", ("log_decay", "gate")),
         ):  # fmt: skip
             writes = tuple(f"d{x.name}" for x in self.gradients_of(*roles))
             if not writes:
                 continue
-            reads = (*names, "do", *state) if kernel != "dg" else tuple(x.name for x in self.tensors_of("log_decay"))
+            gates = tuple(x.name for x in self.tensors_of(*roles))
+            reads = gates if kernel == "dg" else (*names, "do", *state)
             when = f"a gradient of what {' or '.join(roles)} uses is asked for"
             found.append(Kernel(name=f"{self.name}_{kernel}_kernel", direction=direction, reads=reads, writes=writes,
                                 when=when))  # fmt: skip

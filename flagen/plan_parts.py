@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .expr import Expr, Index, Input, Leaf
+from .analysis import Stabilizer
+from .expr import NORM, Expr, Index, Input, Leaf
+from .functions import triton_text
+from .stabilize import LOWEST, MOST_RISE
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +114,37 @@ class Kernel:
     when: str
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a stabilised state is held divided by: the log gate that it follows and the log decay that it falls by, as
+    text over blocks [BT], the tensors in them, and the limits of stabilize.py.
+    """
+
+    gate: str
+    fall: str
+    tensors: tuple[TensorArg, ...]
+    lowest: float = LOWEST
+    most_rise: float = MOST_RISE
+
+    def kernel(self, name: str) -> Kernel:
+        """That of the spec of this name."""
+        reads = tuple(one.name for one in self.tensors if not one.is_constant)
+        return Kernel(
+            name=f"{name}_peak_kernel",
+            direction="forward",
+            reads=reads,
+            writes=("peak", "rise", "m"),
+            when="always, before all else",
+        )
+
+
 # blocks that kernels make themselves; an input of such a name gets another block
 OWN_BLOCKS = frozenset(
     """
     query key value ld turn angle h hi hr z ch chi cz er dnd dh dhi dhr dz A dA D s c ct n dn o do dod d dd ds own
     fk fq kd qd vd en ek eq cn sn ck sk cr sr cl sl qc qs kc ks x xl xq xk xqi xki y yl yqi yki all weight first second
     k1 k2 q1 q2 tree gt at dquery dkey dvalue dlog_decay dphase dbonus dfq dfk dvi dqr dqi dkr dki dqc dqs dkc dks sum
-    part pick picked f yq
+    part pick picked f yq m fall gate before lg dgate top
     """.split()  # noqa: SIM905
 )
 
@@ -142,3 +169,19 @@ def block_text(leaf: Expr, time: bool, channel: str, *, turned: bool = False) ->
     if turned and channel == "k":
         has_time, has_channel = has_channel, has_time
     return f"{name}[:, None]" if has_time else f"{name}[None, :]" if has_channel else name
+
+
+def row_text(expr: Expr | None) -> str:
+    """An expression without channels over blocks [BT]."""
+    assert expr is not None, "there is nothing of the kind in the spec"
+    names: dict[Expr, str] = {leaf: block_text(leaf, True, "") for leaf in leaves(expr)}
+    return triton_text(expr, names | {NORM: "b_n"})
+
+
+def held(stabilizer: Stabilizer | None, given: tuple[TensorArg, ...]) -> Held:
+    """Of a stabilised spec. given: the tensors that a call has."""
+    assert stabilizer is not None, "the spec is not stabilised"
+    gate, decay = stabilizer
+    names = {leaf.name for expr in stabilizer if expr is not None for leaf in leaves(expr)}
+    fall = "0.0" if decay is None else row_text(decay)
+    return Held(row_text(gate), fall, tuple(tensor for tensor in given if tensor.name in names))

@@ -3,6 +3,8 @@
     S_t = exp(log_decay_t + i phase_t) * S_{t-1} + key_t value_t^T,    o_t = Re(query_t^T S_t)
     with erase=(a, b):    S_t = X_t - b_t (a_t^T X_t) + key_t value_t^T,    X_t = exp(log_decay_t) * S_{t-1}
 
+    with stabilize:       S_t is held times exp(-m_t), m_t = max(log_decay_t + m_{t-1}, gate_t), a constant in gradients
+
 A vector state is the same with a head of one key and one value channel for each of its channels, the axis d.
 
 It is made from the spec alone and shares nothing with the kernels but the evaluation of expressions, so that it can
@@ -22,14 +24,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .expr import AXES
+from .expr import AXES, exp
 from .functions import evaluate
+from .stabilize import LOWEST, MOST_RISE, PEAK, RISE, gated, scaled_normalizer
 
 if TYPE_CHECKING:
     from .expr import Expr
     from .spec import Spec
 
-State = Tensor | tuple[Tensor, Tensor]
+State = Tensor | tuple[Tensor, ...]
 WHOLE_ELEMENTS = 1 << 23  # of all states of a sequence: below, autograd keeps every one
 
 
@@ -74,8 +77,8 @@ def run(
         else in fp32. An input's heads may be any divisor of the largest number of heads.
     scalars: the numbers that the spec's Scalars stand for, by name. scale: None for the spec's, or K ** -0.5.
     initial_state: [N, H, K, V], complex with a phase, over the expanded features with taylor; with normalize the pair
-        of that and of [N, H, K]; a vector state is [N, D]. None is zero. The final state has the same form, in fp32
-        (complex64), or fp64 if an input is.
+        of that and of [N, H, K], and m [N, H] with stabilize; a vector state is [N, D]. None is zero. The final state
+        has the same form, in fp32 (complex64), or fp64 if an input is.
     cu_seqlens: [N + 1] bounds of sequences in one row (B = 1), from 0 to at most T; tokens past the last give zero.
         Inputs with the axis b and without t then have a row per sequence.
     segment: tokens between the states that autograd keeps; those between are computed again in the backward, so that
@@ -93,6 +96,7 @@ def run(
         dtype = torch.float64 if wide else torch.float32
         values = _values(spec, inputs, scalars or {}, sizes, limits, dtype)
         tokens = sizes["t"] if limits is None else limits[-1]
+        scales = () if spec.stabilize is None else _held(spec, values, initial_state, sizes, tokens, limits, dtype)
         roles = _roles(spec, values, sizes, tokens, scale, dtype)
         states = _states(spec, initial_state, roles, sizes, limits)
         if limits is None:
@@ -102,14 +106,14 @@ def run(
             runs = [_sequence(part, states[i : i + 1], segment) for i, part in enumerate(parts)]
             past = roles.value.new_zeros(sizes["t"] - limits[-1], 1, sizes["h"], roles.value.shape[-1])
             o, state = torch.cat([*(o for o, _ in runs), past]), torch.cat([state for _, state in runs])
-        o = _normalized(spec, o, sizes["h"], None if limits is None else limits[-1])
+        o = _normalized(spec, o, values, sizes["h"], None if limits is None else limits[-1])
         o = o.squeeze(-1) if spec.vector else o
         o = o.transpose(0, 1).to(inputs[spec.inputs.index(spec.value.inputs[0])].dtype)
     if not output_final_state:
         return o, None
     if spec.vector:
         return o, state.flatten(1)
-    return o, state if spec.normalizer is None else (state[..., :-1], state[..., -1])
+    return o, state if spec.normalizer is None else (state[..., :-1], state[..., -1], *scales)
 
 
 # --- the recurrence
@@ -152,13 +156,48 @@ def _tokens(
     return o if own is None else o + own * value, state
 
 
-def _normalized(spec: Spec, o: Tensor, heads: int, end: int | None) -> Tensor:
+def _normalized(spec: Spec, o: Tensor, values: Mapping[str, Tensor | float], heads: int, end: int | None) -> Tensor:
     """Divides by f of the last column. Tokens from `end` on belong to no sequence and stay zero."""
     if spec.normalizer is None:
         return o
     inside, past = (o, o[:0]) if end is None else o.split([end, o.shape[0] - end])
-    divisor = evaluate(spec.normalizer, {"n": inside[..., -1:]}, heads)
+    known: dict[str, Tensor | float] = {"n": inside[..., -1:]}
+    normalizer = spec.normalizer
+    if spec.stabilize is not None:
+        normalizer = scaled_normalizer(normalizer)
+        known[PEAK.name] = values[PEAK.name].transpose(0, 1)
+    divisor = evaluate(normalizer, known, heads)
     return torch.cat([inside[..., :-1] / divisor, past[..., :-1]])
+
+
+@torch.no_grad()
+def _held(
+    spec: Spec, values: dict[str, Tensor | float], given: State | None, sizes: Mapping[str, int], tokens: int,
+    limits: list[int] | None, dtype: torch.dtype,
+) -> tuple[Tensor]:  # fmt: skip
+    """What the state is held divided by, in logarithms: adds m and its rise at each token to `values`. Returns m after
+    the last, [N, H]."""
+    like = torch.empty(0, dtype=dtype, device=values[spec.value.inputs[0].name].device)
+    shape = sizes["b"], tokens, sizes["h"], 1
+    gate = _evaluated(gated(spec.key).gate, values, sizes["h"], like).expand(shape)
+    decay = like.new_zeros(shape)
+    if spec.log_decay is not None:
+        decay = _evaluated(spec.log_decay, values, sizes["h"], like).expand(shape)
+    bounds = [0, tokens] if limits is None else limits
+    m = like.new_full((sizes["b"] if limits is None else len(limits) - 1, sizes["h"]), LOWEST)
+    if given is not None:
+        m = given[2].detach().to(dtype).clamp(min=LOWEST)
+    peaks, rises, last = [], [], []
+    for row, (begin, end) in enumerate(pairwise(bounds)):
+        now = m if limits is None else m[row : row + 1]
+        for t in range(begin, end):
+            before, now = now, torch.maximum(now + decay[:, t, :, 0], gate[:, t, :, 0]).clamp(min=LOWEST)
+            peaks.append(now)
+            rises.append((now - before).clamp(max=MOST_RISE))
+        last.append(now)
+    for name, found in ((PEAK.name, peaks), (RISE.name, rises)):
+        values[name] = torch.stack(found, 1).unsqueeze(-1) if found else like.new_zeros(shape)
+    return (torch.cat(last),)
 
 
 # --- the roles
@@ -169,8 +208,13 @@ def _roles(spec: Spec, values: Mapping[str, Tensor | float], sizes: Mapping[str,
     batch, heads = sizes["b"], sizes["h"]
     like = torch.empty(0, dtype=dtype, device=values[spec.value.inputs[0].name].device)
 
+    exprs = dict(spec.roles)
+    if spec.stabilize is not None:
+        gate, rest = gated(spec.key)
+        exprs["key"] = rest * exp(gate - PEAK)
+
     def role(name: str, channels: int) -> Tensor:
-        value = _evaluated(getattr(spec, name), values, heads, like)
+        value = _evaluated(exprs[name], values, heads, like)
         return value.expand(batch, tokens, heads, channels).transpose(0, 1)
 
     query, key, value = role("query", sizes["k"]), role("key", sizes["k"]), role("value", sizes["v"])
@@ -197,7 +241,12 @@ def _evaluated(expr: Expr, values: Mapping[str, Tensor | float], heads: int, lik
 def _decay(spec: Spec, values: Mapping[str, Tensor | float], heads: int, like: Tensor) -> Tensor | None:
     """exp(log_decay + i phase), time first, with an axis each for key and value channels."""
     decay = None
-    if spec.log_decay is not None:
+    if spec.stabilize is not None:
+        decay = (
+            -values[RISE.name] if spec.log_decay is None else _log_decay(spec, values, heads, like) - values[RISE.name]
+        )
+        decay = decay.exp()
+    elif spec.log_decay is not None:
         decay = _log_decay(spec, values, heads, like).exp()
     if spec.phase is not None:
         phase = _evaluated(spec.phase, values, heads, like)
@@ -284,15 +333,16 @@ def _states(
     if spec.vector:
         shape = shape[:2]
     wanted = [shape] if spec.normalizer is None else [(*shape[:-1], shape[-1] - 1), shape[:-1]]
+    wanted += [shape[:2]] if spec.stabilize is not None else []
     if [tuple(x.shape) for x in parts] != wanted:
-        form = "one tensor" if spec.normalizer is None else "a pair of tensors (S, z)"
+        form = ("one tensor", "a pair of tensors (S, z)", "three tensors (S, z, m)")[spec.state_parts - 1]
         raise ValueError(
             f"{spec.name}: initial_state must be {form} of shape {' and '.join(map(str, wanted))}, "
             f"got {' and '.join(str(tuple(x.shape)) for x in parts)}"
         )
     if spec.vector:
         return parts[0].to(dtype)[..., None, None]
-    columns = [x if x.dim() == 4 else x.unsqueeze(-1) for x in parts]
+    columns = [x if x.dim() == 4 else x.unsqueeze(-1) for x in parts[:2]]
     return torch.cat([x.to(dtype) for x in columns], -1)
 
 

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -143,6 +143,15 @@ LAYOUTS: dict[str, Callable[[Tensor, str], Tensor]] = {
 def arranged(x: Tensor, axes: str, layout: str) -> Tensor:
     """The values of `x`, whose axes are `axes`, laid out as one of LAYOUTS says. Memory between them is NaN."""
     return LAYOUTS[layout](x, axes)
+
+
+def check_choices(spec: Spec, requires_grad: Sequence[str] | None, layout: str) -> None:
+    """Raises ValueError on an input that the spec does not have, and on a layout that is none."""
+    names = [one.name for one in spec.inputs] + ["initial_state"]
+    if unknown := [name for name in requires_grad or () if name not in names]:
+        raise ValueError(f"{spec.name}: requires_grad names {unknown[0]!r}; there are {', '.join(names)}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"{spec.name}: layout={layout!r} is not allowed; use one of {', '.join(LAYOUTS)}")
 
 
 def make_scalars(spec: Spec) -> dict[str, float]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import equations, exchange, validate, validate_erase, validate_vector
+from . import equations, exchange, validate, validate_erase, validate_stabilize, validate_vector
 from .errors import SpecError
 from .expr import (
     FEATURE,
@@ -56,6 +56,9 @@ class Spec:
     normalize: divide the output by n + eps, where n is the output with value 1; or a function f(n), to divide by f(n).
     erase: a pair (a, b) over `b t h k`: before key value^T is added, b times what a reads of the state is taken away.
     erase_reads: which state a reads: "decayed", after this step's decay, or "previous", S_{t-1}.
+    stabilize: "max" for a key with a factor exp(i), i over some of b t h: the recurrence is the same, and the state is
+        held divided by exp(m), m the largest log gate so far, so that nothing overflows; the state then has a third
+        part, m [N, H]. It needs normalize.
     scale: the op's default scale, which multiplies query; None is K ** -0.5.
     inputs: the order of the tensor arguments, as names or Inputs. By default the order in which query, key, value,
         log_decay, phase, bonus and erase use them; within one expression q, k, v first and the others by name.
@@ -77,6 +80,7 @@ class Spec:
     feature_map: Taylor | Expr | None
     normalize: bool | Expr
     eps: float
+    stabilize: str | None
     scale: float | None
     inputs: tuple[Input, ...]
     bare_query: Expr = field(compare=False)  # before the feature map, for replace and the JSON form
@@ -97,6 +101,7 @@ class Spec:
         feature_map: Taylor | Callable[[Expr], Expr] | Expr | None = None,
         normalize: bool | Callable[[Expr], Expr] | Expr = False,
         eps: float = EPS,
+        stabilize: str | None = None,
         scale: float | None = None,
         inputs: Sequence[str | Input] | None = None,
     ) -> None:
@@ -120,12 +125,14 @@ class Spec:
         self._set("feature_map", feature)
         self._set("normalize", validate.normalizer(name, normalize))
         self._set("eps", validate.eps(name, eps, normalize))
+        self._set("stabilize", validate_stabilize.stabilize(name, stabilize))
         self._set("scale", validate.scale(name, scale))
         self._set("inputs", ())
         validate.check_roles(self)
         validate_vector.check_vector(self)
         validate_erase.check_erase(self)
         validate_erase.check_rows(self)
+        validate_stabilize.check_stabilize(self)
         self._set("inputs", validate.ordered_inputs(name, default_inputs(self), inputs))
         validate.warn_about_normalizer(self)
 
@@ -160,6 +167,11 @@ class Spec:
         return NORM + self.eps if self.normalize else None
 
     @property
+    def state_parts(self) -> int:
+        """How many tensors a state has: S, with normalize z, with stabilize m."""
+        return 1 + (self.normalizer is not None) + (self.stabilize is not None)
+
+    @property
     def scalars(self) -> tuple[Scalar, ...]:
         """The host-side numbers, keyword arguments of the op, in the order in which the roles use them."""
         return tuple(dict.fromkeys(scalar for _, expr in self.roles for scalar in expr.scalars))
@@ -189,7 +201,8 @@ class Spec:
         arguments: dict[str, Any] = {role: getattr(self, role) for role in ROLES}
         arguments |= {"query": self.bare_query, "key": self.bare_key, "erase": self.erase}
         arguments |= {"erase_reads": self.erase_reads, "feature_map": self.feature_map}
-        return arguments | {"normalize": self.normalize, "eps": self.eps, "scale": self.scale}
+        arguments |= {"normalize": self.normalize, "eps": self.eps, "stabilize": self.stabilize}
+        return arguments | {"scale": self.scale}
 
     def to_json(self) -> str:
         """The spec as JSON, with expressions as text. Spec.from_json gives an equal spec back."""

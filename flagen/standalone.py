@@ -91,7 +91,8 @@ def _literal(name: str, value: Any) -> str:
         inputs = tuple(x.name for x in value.inputs)
         constants = tuple(x.name for x, _ in value.constants)
         spec = f"Facts(value=Facts(inputs=({first!r},)))"
-        return f"Facts(inputs={inputs!r}, constants={constants!r}, spec={spec})"
+        gauges = tuple(x.name for x in value.gauges)
+        return f"Facts(inputs={inputs!r}, constants={constants!r}, gauges={gauges!r}, spec={spec})"
     raise TypeError(f"standalone: the schedule or the backend reads plan.{name}, which has no literal yet")
 
 

@@ -20,7 +20,9 @@ from torch import Tensor
 from . import reference
 from .compare import HEADER, TOLERANCES, WORST_ROW, Error, Report, Row, assert_close, kind_of, limit_of, measure, row
 from .expr import VECTOR
-from .samples import LAYOUTS, arranged, gates, make_inputs, make_scalars, make_state
+from .kinks import settled
+from .samples import LAYOUTS, arranged, check_choices, gates, make_inputs, make_scalars, make_state
+from .stabilize import LOWEST
 
 if TYPE_CHECKING:
     from .expr import Input
@@ -115,7 +117,7 @@ def make_case(
     """The op, its inputs and states for the arguments of `check`, whose defaults are meant by None."""
     op = spec_or_op if hasattr(spec_or_op, "spec") else _compiled(spec_or_op, backend, chunk_size)
     spec = op.spec
-    _check_choices(spec, requires_grad, layout)
+    check_choices(spec, requires_grad, layout)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() and backend != "torch" else "cpu"))
     limits = None if cu_seqlens is None else torch.as_tensor(cu_seqlens, dtype=torch.int32)
     N = None if limits is None else len(limits) - 1
@@ -147,21 +149,15 @@ def make_case(
     lengths = "" if limits is None else f" cu_seqlens={limits.tolist()}"
     names = "/".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in leaves))
     title = f"{spec.name}: B={B} T={T} H={H} K={K} V={V} {names} on {device}{lengths}"
-    return Case(op, spec, leaves, states, scalars, options, final_state, seed, dtype, title)
+    coarsest = max((dtype, *(x.dtype for x in leaves)), key=lambda kind: TOLERANCES[kind]["o"])
+    known = settled(spec, leaves, states, scalars, options, (B, T, H), 4 * limit_of(coarsest, "o"))
+    return Case(op, spec, leaves, states, scalars, options, final_state, seed, dtype, title, known)
 
 
 def _compiled(spec: Any, backend: str, chunk_size: int | None) -> Any:
     import flagen
 
     return flagen.compile(spec, backend=backend, chunk_size=chunk_size)
-
-
-def _check_choices(spec: Spec, requires_grad: Sequence[str] | None, layout: str) -> None:
-    names = [one.name for one in spec.inputs] + ["initial_state"]
-    if unknown := [name for name in requires_grad or () if name not in names]:
-        raise ValueError(f"{spec.name}: requires_grad names {unknown[0]!r}; there are {', '.join(names)}")
-    if layout not in LAYOUTS:
-        raise ValueError(f"{spec.name}: layout={layout!r} is not allowed; use one of {', '.join(LAYOUTS)}")
 
 
 def _sizes_of(spec: Spec, inputs: Mapping[str, Tensor]) -> tuple[int, int, int, int, int]:
@@ -208,6 +204,7 @@ class Case:
     seed: int
     dtype: torch.dtype  # whose tolerances apply
     title: str
+    settled: Tensor | None = None  # at which tokens the output has a gradient; None: at all
 
     def public(self, states: tuple[Tensor, ...]) -> reference.State | None:
         return None if not states else states if self.spec.normalizer is not None else states[0]
@@ -251,6 +248,8 @@ class Case:
         """
         generator = torch.Generator().manual_seed(self.seed + 1)
         d_out = [torch.randn(o.shape, generator=generator).to(self.dtypes[0]).to(o.device, o.dtype)]
+        if self.settled is not None:
+            d_out[0] *= self.settled.unsqueeze(-1)
         for x in final if self.want_final else ():
             kind = torch.complex64 if x.is_complex() else torch.float32
             d_out.append(torch.randn(x.shape, generator=generator, dtype=kind).to(x.device, x.dtype))
@@ -284,14 +283,14 @@ def compared(case: Case, got: Results, want: Results) -> list[Row]:
     spec, dtype, (of_output, of_states) = case.spec, case.dtype, case.dtypes
     # the output has the dtype of value's first input, a gradient that of its input, which may be coarser than the rest
     rows = [row("o", got.o, want.o, max(limit_of(kind, "o") for kind in (dtype, of_output)), dtype=of_output)]
-    for part, x, y in zip("Sz", got.final, want.final, strict=False):
+    for part, x, y in zip("Szm", got.final, want.final, strict=False):
         rows.append(row(f"final_state {part}", x, y, limit_of(dtype, "o"), dtype=of_states))
     for one, given, x, y in zip(spec.inputs, case.inputs, got.d_inputs, want.d_inputs, strict=True):
         if y is None:
             continue
         limit = max(limit_of(kind, kind_of(spec, one)) for kind in (dtype, given.dtype))
         rows.append(gradient_row(case, one, x, y, want.rate, limit))
-    for part, x, y in zip("Sz", got.d_initial, want.d_initial, strict=False):
+    for part, x, y in zip("Szm", got.d_initial, want.d_initial, strict=False):
         if y is None:
             continue
         kind = "gradient" if part == "S" else "gate"  # z has no value channels, its gradient is a sum over them
@@ -384,12 +383,14 @@ def _decoded(case: Case, tokens: int, got: Results, want: Results) -> list[Row]:
         states = _tuple(final)
     elif not states:
         states = tuple(torch.zeros_like(x, dtype=case.dtypes[1]) for x in want.final)
+        if case.spec.stabilize is not None:  # nothing yet: any m will do, but it is the reference's that is compared
+            states[2].fill_(LOWEST)
     outputs = []
     for t in range(time - tokens, time):
         now = case.tokens(t, t + 1)
         outputs.append(case.op.step(*now, **case.scalars, scale=case.options["scale"], state=case.public(states)))
     limit = max(limit_of(kind, "o") for kind in (dtype, case.dtypes[0]))
     rows = [row("step o", torch.cat(outputs, 1), want.o[:, time - tokens :], limit)]
-    for part, x, y in zip("Sz", states, want.final, strict=False):
+    for part, x, y in zip("Szm", states, want.final, strict=False):
         rows.append(row(f"step state {part}", x, y, limit_of(dtype, "o")))
     return rows

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from . import torch_taylor as taylor_map
 from .functions import evaluate
+from .stabilize import PEAK
 from .torch_roles import ChainRule, Roles, Sizes, Span, environment, evaluated, padded_size
+from .torch_stabilize import gauges
 
 if TYPE_CHECKING:
     from .analysis import Analysis
@@ -43,6 +45,7 @@ class TorchBackend:
     def __init__(self, analysis: Analysis, chunk_size: int | None = None) -> None:
         self.analysis = analysis
         self.normalized = analysis.normalizer is not None
+        self.stabilized = analysis.stabilizer is not None
         self.chunk_size = padded_size(analysis, chunk_size or CHUNK_SIZE)
 
     @torch.no_grad()
@@ -64,6 +67,11 @@ class TorchBackend:
         shape = sizes.batch, sizes.time, sizes.heads, sizes.value
         o = make(shape, dtype=self._output_dtype(inputs), device=sizes.device)
         saved = self.saved_like(inputs, cu_seqlens) if save else ()
+        scales: tuple[Tensor, ...] = ()
+        if self.stabilized:
+            *held, last = gauges(self.analysis, inputs, constants, sizes, (*initial[2:], None)[0], cu_seqlens)
+            constants, scales = (*constants, *held), (last,)
+            saved = (*saved[:2], *held) if save else ()
         starts = self._rows(initial, sizes, cu_seqlens)
         ends, state = [], None
         for i, span in enumerate(self._spans(sizes, cu_seqlens)):
@@ -76,13 +84,14 @@ class TorchBackend:
                 out = roles.unpacked(out)
                 if self.normalized:
                     out, denominator = out[..., :-1], out[..., -1:]
-                    out = out / evaluate(self.analysis.normalizer, {"n": denominator}, sizes.heads)
+                    known = self._known(denominator, constants, span)
+                    out = out / evaluate(self.analysis.normalizer, known, sizes.heads)
                     if save:
                         span.tokens(saved[1].unsqueeze(-1)).copy_(denominator)
                 span.tokens(o).copy_(out)
             if span.last:
                 ends.append(state)
-        return Forward(o, self._states(ends, sizes) if want_final else (), saved)
+        return Forward(o, (*self._states(ends, sizes), *scales) if want_final else (), saved)
 
     @torch.no_grad()
     def backward(
@@ -103,6 +112,7 @@ class TorchBackend:
         initial state (() unless need_initial). do, or parts of dfinal, may be None for zero.
         """
         sizes = Sizes.of(self.analysis.inputs, inputs)
+        constants = (*constants, *saved[2:])
         chain = ChainRule(self.analysis, inputs, needs, sizes)
         ends = self._rows(dfinal, sizes, cu_seqlens)
         starts, adjoint = [], None
@@ -110,12 +120,14 @@ class TorchBackend:
             adjoint = ends[span.row or 0] if span.last else adjoint
             if span.chunks:
                 roles = self._roles(inputs, constants, sizes, span, scale)
-                d_out = self._d_output(do, o, saved, sizes, span)
+                d_out = self._d_output(do, o, saved[1:], constants, sizes, span)
                 grads, adjoint = roles.piece().backward(d_out, saved[0][i], adjoint, chain.wants)
                 chain.add(roles.gradients(grads, chain.wants), roles)
             if span.first:
                 starts.append(adjoint)
         d_initial = self._states(starts[::-1], sizes) if need_initial else ()
+        if need_initial and self.stabilized:
+            d_initial = (*d_initial, torch.zeros_like(initial[2]))
         return chain.results(), tuple(d.to(x.dtype) for d, x in zip(d_initial, initial, strict=need_initial))
 
     @torch.no_grad()
@@ -124,6 +136,10 @@ class TorchBackend:
     ) -> Tensor:
         """One token, T = 1: the output [B, 1, H, V]. The state is updated in place."""
         sizes = Sizes.of(self.analysis.inputs, inputs)
+        if self.stabilized:
+            *held, last = gauges(self.analysis, inputs, constants, sizes, state[2], None)
+            constants = (*constants, *held)
+            state[2].copy_(last)
         values = environment(self.analysis, inputs, constants, sizes, Span(None, 0, 1, 1, True, True))
 
         def token(role: str, channels: int) -> Tensor:
@@ -132,13 +148,15 @@ class TorchBackend:
 
         query, key, value = token("query", sizes.key) * scale, token("key", sizes.key), token("value", sizes.value)
         order, exclusive = self.analysis.taylor, self.analysis.exclusive
+        if self.stabilized:
+            key = key * token("gate", 1).exp()
         weight = (query * token("bonus", sizes.key) * key).sum(-1, keepdim=True) if exclusive else None
         reads = taylor_map.features(query, order, query=True) if order else query
         writes = taylor_map.features(key, order, query=False) if order else key
         decay = self._step_decay(token, sizes)
         outputs = []
         # the normaliser is the same recurrence for a value of one
-        values_and_sums = [(value, state[0]), *((torch.ones_like(value[..., :1]), z.unsqueeze(-1)) for z in state[1:])]
+        values_and_sums = [(value, state[0]), *((torch.ones_like(value[..., :1]), z.unsqueeze(-1)) for z in state[1:2])]
         for own, sums in values_and_sums:
             out = weight * own + _read(reads, sums) if exclusive else None
             if self.analysis.erase != "none":
@@ -149,12 +167,16 @@ class TorchBackend:
             outputs.append(out if exclusive else _read(reads, sums))
         out = outputs[0]
         if self.normalized:
-            out = out / evaluate(self.analysis.normalizer, {"n": outputs[1]}, sizes.heads)
+            known = {"n": outputs[1]}
+            if self.stabilized:
+                known[PEAK.name] = values[PEAK.name][0, :, :, 0]
+            out = out / evaluate(self.analysis.normalizer, known, sizes.heads)
         return out.unsqueeze(1).to(self._output_dtype(inputs))
 
     def saved_like(self, inputs: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
         """New tensors of the shapes that forward saves, which follow from the inputs' shapes alone: the states
-        [spans at most, R, F, V] that the spans start with and, with a normaliser, what it divides by [B, T, H].
+        [spans at most, R, F, V] that the spans start with; with a normaliser, what it divides by [B, T, H]; of a
+        stabilised spec the gauges, [B, T, H] too.
         """
         sizes = Sizes.of(self.analysis.inputs, inputs)
         sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -162,7 +184,8 @@ class TorchBackend:
         states = torch.empty(most, *self._state_shape(sizes), **sizes.options)
         if not self.normalized:
             return (states,)
-        return states, torch.ones(sizes.batch, sizes.time, sizes.heads, **sizes.options)
+        tokens = torch.ones(sizes.batch, sizes.time, sizes.heads, **sizes.options)
+        return states, tokens, *(torch.empty_like(tokens) for _ in self.analysis.gauges)
 
     def _erased(
         self, token: Callable[[str, int], Tensor], sizes: Sizes, state: Tensor, decay: Tensor | None, value: Tensor,
@@ -198,7 +221,17 @@ class TorchBackend:
     ) -> Roles:
         return Roles(self.analysis, environment(self.analysis, inputs, constants, sizes, span), sizes, span, scale)
 
-    def _d_output(self, do: Tensor | None, o: Tensor, saved: tuple[Tensor, ...], sizes: Sizes, span: Span) -> Tensor:
+    def _known(self, denominator: Tensor, constants: tuple[Tensor, ...], span: Span) -> dict[str, Tensor]:
+        """What the normaliser is a function of."""
+        known = {"n": denominator}
+        if self.stabilized:
+            known[PEAK.name] = span.tokens(constants[len(self.analysis.constants)].unsqueeze(-1))
+        return known
+
+    def _d_output(
+        self, do: Tensor | None, o: Tensor, sums: tuple[Tensor, ...], constants: tuple[Tensor, ...], sizes: Sizes,
+        span: Span,
+    ) -> Tensor:  # fmt: skip
         """The gradient of a piece's output [n, R, C, V], with that of the denominator as its last column."""
         rows = padded_size(self.analysis, span.size)
         shape = span.chunks, sizes.batch, sizes.heads, rows, sizes.value + self.normalized
@@ -207,9 +240,9 @@ class TorchBackend:
             return out.flatten(1, 2)
         inner = out[..., : span.size, :]
         if self.normalized:
-            denominator = {"n": span.tokens(saved[1].unsqueeze(-1))}
-            divided = span.tokens(do) / evaluate(self.analysis.normalizer, denominator, sizes.heads)
-            slope = evaluate(self.analysis.normalizer_gradient, denominator, sizes.heads)
+            known = self._known(span.tokens(sums[0].unsqueeze(-1)), constants, span)
+            divided = span.tokens(do) / evaluate(self.analysis.normalizer, known, sizes.heads)
+            slope = evaluate(self.analysis.normalizer_gradient, known, sizes.heads)
             inner[..., :-1] = divided
             inner[..., -1:] = (divided * span.tokens(o)).sum(-1, keepdim=True) * -slope
         else:

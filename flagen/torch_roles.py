@@ -6,7 +6,7 @@ Inside a span every tensor is [n, B, H, C, D]: n chunks of C tokens; the last ax
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,18 +87,25 @@ class Span:
 
 
 def environment(
-    analysis: Analysis, inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...], sizes: Sizes, span: Span
-) -> dict[str, Tensor]:
-    """Every input, constant and unit by name, broadcastable to [n, B, H, C, D], in the working dtype."""
+    analysis: Analysis, inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...], sizes: Sizes, span: Span,
+    only: Container[Input] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Every input, constant and unit by name, broadcastable to [n, B, H, C, D], in the working dtype.
+
+    constants: with the tensors of analysis.gauges after them, if there are any. only: the inputs, and no units.
+    """
     found = {}
-    for declared, tensor in zip(analysis.inputs, inputs, strict=True):
+    gauges = constants[len(analysis.constants) :]
+    for declared, tensor in zip((*analysis.inputs, *analysis.gauges), (*inputs, *gauges), strict=False):
+        if only is not None and declared not in only:
+            continue
         view = span.of_input(tensor, declared).to(sizes.dtype)
         if 1 < view.shape[2] < sizes.heads:
             view = view.repeat_interleave(sizes.heads // view.shape[2], dim=2)
         found[declared.name] = view
-    for (declared, _), tensor in zip(analysis.constants, constants, strict=True):
+    for (declared, _), tensor in zip(analysis.constants, constants, strict=False):
         found[declared.name] = tensor.to(sizes.dtype).view(1, 1, -1, 1, 1)
-    for unit, expr in analysis.units:
+    for unit, expr in analysis.units if only is None else ():
         found[unit.name] = l2norm(evaluated(expr, found, sizes))[0]
     return found
 
@@ -120,6 +127,9 @@ class Roles:
         self.padded = padded_size(analysis, span.size)
         self.query = self._packed("query", sizes.key, factor=scale)
         self.key = self._packed("key", sizes.key)
+        self.gate = self._packed("gate", 1)
+        if self.gate is not None:
+            self.key *= self.gate.exp_()
         self.value = self._packed("value", sizes.value, extra=int(normalized))
         if normalized:
             self.value[..., : span.size, -1] = 1
@@ -177,6 +187,9 @@ class Roles:
                 query.addcmul_(weight * self.bonus, self.key)
             if key is not None:
                 key.addcmul_(weight * self.bonus, self.query)
+        if self.gate is not None and key is not None:
+            found["gate"] = (self.key * key).sum(-1, keepdim=True)
+            key = key.mul_(self.gate)
         if query is not None:
             query = query.mul_(self.scale)
         if value is not None:
@@ -261,6 +274,8 @@ class ChainRule:
         }
         self.terms = [term for term in analysis.gradients if term[1] in needed or term[1] in self.units]
         self.roles = {role for role, _, _ in self.terms}
+        if "gate" in self.roles:
+            self.roles |= {"key"}
         if "phase" in self.roles:
             self.roles |= {"query", "key"}  # of which the phase's gradient is made
         # inputs with a time axis are written span by span, the others summed over the spans

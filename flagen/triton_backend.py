@@ -39,7 +39,7 @@ class TritonBackend:
         kept = checkpoint or checkpoint_of(plan)
         self.options = {"chunk_size": chunk_size, "input_precision": input_precision, "checkpoint": kept}
         self.output = plan.analysis.inputs.index(plan.analysis.spec.value.inputs[0])
-        self.normalized = plan.normalized
+        self.normalized, self.stabilized = plan.normalized, plan.stabilized
         self._schedule = functools.lru_cache(maxsize=256)(self._make_schedule)
 
     @torch.no_grad()
@@ -56,8 +56,13 @@ class TritonBackend:
         """`inputs` and `constants` in the analysis' order; `initial` is () or the state. Saved: states, and with a
         normaliser its sums and what it divided by."""
         inputs, sizes = self._prepared(inputs), self._sizes(inputs, cu_seqlens)
+        scales: tuple[Tensor, ...] = ()
+        if self.stabilized:
+            constants, scales = self._held(inputs, constants, initial, cu_seqlens)
+            initial = initial[:2]
         if not sizes.T:
-            return self._empty(inputs, sizes, initial, cu_seqlens, want_final, save)
+            out = self._empty(inputs, sizes, initial, cu_seqlens, want_final, save)
+            return out._replace(final=(*out.final, *scales)) if want_final else out
         start = self._real(initial) or (None,) * (1 + self.normalized)
         plan = self.schedule(inputs, sizes)
         with torch.cuda.device_of(inputs[0]):
@@ -65,10 +70,13 @@ class TritonBackend:
                 *inputs, *constants, *start, cu_seqlens, scale, plan, final=want_final, save=save
             )
         zt, zc, den = rest or (None, None, None)
-        final = self._public((ht, zt)[: 1 + self.normalized]) if want_final else ()
+        final = (*self._public((ht, zt)[: 1 + self.normalized]), *scales) if want_final else ()
         if not save:
             return Forward(o, final, ())
-        return Forward(o, final, (hc.view(-1), zc.view(-1), den) if self.normalized else (hc.view(-1),))
+        if not self.normalized:
+            return Forward(o, final, (hc.view(-1),))
+        held = constants[len(self.plan.analysis.constants) :]
+        return Forward(o, final, (hc.view(-1), zc.view(-1), den, *held))
 
     @torch.no_grad()
     def backward(
@@ -89,9 +97,11 @@ class TritonBackend:
         sizes = self._sizes(inputs, cu_seqlens)
         if not sizes.T:
             grads = tuple(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True))
+            ends = (*dfinal, *(None for _ in initial[2:]))
             return grads, tuple(
-                torch.zeros_like(x) if d is None else d.to(x.dtype) for x, d in zip(initial, dfinal, strict=True)
+                torch.zeros_like(x) if d is None else d.to(x.dtype) for x, d in zip(initial, ends, strict=True)
             ) if need_initial else ()
+        constants = (*constants, *saved[3:])
         prepared = self._prepared(inputs)
         end = self._ends(dfinal, sizes, o)
         do = torch.zeros_like(o) if do is None else do if do.stride(-1) == 1 else do.contiguous()
@@ -109,7 +119,8 @@ class TritonBackend:
         )
         if not need_initial:
             return grads, ()
-        return grads, tuple(d.to(x.dtype) for d, x in zip(self._public(tuple(d_initial)), initial, strict=True))
+        found = self._public(tuple(d_initial)) + tuple(torch.zeros_like(x) for x in initial[2:])
+        return grads, tuple(d.to(x.dtype) for d, x in zip(found, initial, strict=True))
 
     @torch.no_grad()
     def step(
@@ -138,7 +149,8 @@ class TritonBackend:
         if not self.normalized:
             return (states,)
         z = like.new_empty((slots * sizes.H * F,), dtype=torch.float32)
-        return states, z, like.new_empty((sizes.B, sizes.T, sizes.H), dtype=torch.float32)
+        rows = range(1 + len(self.plan.analysis.gauges))
+        return states, z, *(like.new_empty((sizes.B, sizes.T, sizes.H), dtype=torch.float32) for _ in rows)
 
     def schedule(self, inputs: tuple[Tensor, ...], sizes: Shape) -> Schedule:
         """The launch-time constants of a call."""
@@ -156,6 +168,18 @@ class TritonBackend:
         if self.chosen is None or device.type != "cuda":
             return found
         return self.chosen(found, self.module.__name__, sizes, dtype, torch.cuda.get_device_name(device))
+
+    def _held(
+        self,
+        inputs: tuple[Tensor, ...],
+        constants: tuple[Tensor, ...],
+        initial: tuple[Tensor, ...],
+        cu_seqlens: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The constants with the gauges after them, and m after the last tokens."""
+        with torch.cuda.device_of(inputs[0]):
+            *gauges, last = self.module.peaks(*inputs, *constants, (*initial[2:], None)[0], cu_seqlens)
+        return (*constants, *gauges), (last,)
 
     def _empty(
         self,

@@ -35,6 +35,7 @@ def check_vector(spec: Spec) -> None:
         (spec.bonus is not None, "a bonus"),
         (spec.feature_map is not None, "a feature map"),
         (spec.normalize is not False, "normalize"),
+        (spec.stabilize is not None, "stabilize"),
     )
     for found, what in refused:
         if found:

@@ -65,6 +65,20 @@ def _combinations() -> list[Spec]:
                 feature_map=lambda x: elu(x) + 1,
             ),
             Spec("norm_max", log_decay=logsigmoid(gs), normalize=lambda n: maximum(absolute(n), 1)),
+            Spec(
+                "held",
+                key=(elu(k) + 1) * exp(gs * (1 + head) / heads) / 2,
+                query=elu(q) + 1,
+                normalize=True,
+                stabilize="max",
+            ),
+            Spec(
+                "held_fixed",
+                key=k / exp(-dt),
+                log_decay=log(1 - 2 ** (-5 - head)) * layer,
+                normalize=lambda n: maximum(absolute(n) / 2, 1),
+                stabilize="max",
+            ),
             Spec("taylor_1", log_decay=logsigmoid(gs), feature_map=taylor(1)),
             Spec("taylor_2", log_decay=logsigmoid(gs), feature_map=taylor(2)),
             Spec("taylor_2_row", log_decay=logsigmoid(gb), feature_map=taylor(2), normalize=True),
@@ -134,9 +148,8 @@ def make_states(spec, rows, heads_, key, value, seed=1):
     features = count(key, spec.taylor) if spec.taylor else key
     kind = torch.complex128 if spec.phase is not None else torch.float64
     state = torch.randn(rows, heads_, features, value, generator=generator, dtype=kind)
-    if spec.normalizer is None:
-        return (state,)
-    return state, torch.rand(rows, heads_, features, generator=generator, dtype=torch.float64)
+    sums = torch.rand(rows, heads_, features, generator=generator, dtype=torch.float64)
+    return (state, sums, torch.randn(rows, heads_, generator=generator, dtype=torch.float64))[: spec.state_parts]
 
 
 def constants_of(analysis, heads_):
@@ -158,9 +171,10 @@ def expected(spec, inputs, scale, initial, cu_seqlens, do_seed=2, grad_dtype=Non
     final = final if spec.normalizer is not None else (final,)
     generator = torch.Generator().manual_seed(do_seed)
     do = torch.randn(o.shape, generator=generator, dtype=o.dtype).to(grad_dtype or o.dtype).to(o.dtype)
-    dfinal = tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype) * with_final for x in final)
-    loss = (o * do).sum() + sum((x * dx.conj()).real.sum() for x, dx in zip(final, dfinal, strict=True))
-    gradients = torch.autograd.grad(loss, (*inputs, *initial))
+    # what a state is held divided by has no gradient
+    dfinal = tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype) * with_final for x in final[:2])
+    loss = (o * do).sum() + sum((x * dx.conj()).real.sum() for x, dx in zip(final, dfinal, strict=False))
+    gradients = torch.autograd.grad(loss, (*inputs, *initial), allow_unused=True, materialize_grads=True)
     return o.detach(), tuple(x.detach() for x in final), do, dfinal, gradients
 
 

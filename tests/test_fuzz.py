@@ -325,7 +325,8 @@ def test_a_branch_taken_by_rounding_is_ill():
     spec = Spec("edge", query=q * 0 + one, key=one * (1 + 0 * Input("k", "b t h k")), scale=0.2,
                 normalize=lambda n: maximum(absolute(n), 1))  # fmt: skip
     trial = Trial(spec, B=1, T=1, H=1, K=5, V=3, dtype="float32")
-    case = trial.case()
+    assert not trial.case().settled.any()  # for which reason a check asks for no gradient there
+    case = replace(trial.case(), settled=None)
     assert abs(float(case.inputs[1].sum()) * 0.2 - 1) < 1e-6
     rows = [testing.Row("d one", 0.5, 0.5, 2e-5), testing.Row("o", 0.5, 0.5, 2e-5)]
     assert unsharp(case, rows) == {"d one": "moves with a rounding of its operands"}

@@ -425,7 +425,7 @@ def test_no_text_of_the_users_stands_in_a_string():
             text_of = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
             if isinstance(text_of, str) and MARK in text_of and id(node) not in documented:
                 names = {one.id for one in ast.walk(ast.parse(text_of, mode="eval")) if isinstance(one, ast.Name)}
-                assert all(re.fullmatch(rf"tl|(b_)?{MARK}\d|b_c\d", one) for one in names), text_of
+                assert all(re.fullmatch(rf"tl|(b_)?{MARK}\d|b_c\d|b_rise", one) for one in names), text_of
 
 
 # the last statement of _constants, which reads the scalar before it takes its name

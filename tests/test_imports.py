@@ -26,9 +26,9 @@ LAYERS = (
     ("logs", "private"),
     ("expr",),
     ("functions",),
-    ("intervals", "parse"),
+    ("intervals", "parse", "stabilize"),
     ("validate",),
-    ("validate_erase", "validate_vector"),
+    ("validate_erase", "validate_stabilize", "validate_vector"),
     ("equations", "exchange"),
     ("spec",),
     ("specs", "peers"),
@@ -44,7 +44,7 @@ LAYERS = (
     ("torch_*",),
     ("triton_*",),
     ("reference",),
-    ("samples", "compare"),
+    ("samples", "compare", "kinks"),
     ("checks", "op", "op_*"),
     ("compiler",),
     ("cost", "cost_*"),
@@ -153,7 +153,7 @@ def outside(tree: ast.AST) -> set[str]:
 
 STANDARD = set(sys.stdlib_module_names)
 TORCH_MODULES = (
-    "torch_*", "triton_*", "schedule*", "reference", "samples", "compare", "testing", "checks", "op", "op_*",
+    "torch_*", "triton_*", "schedule*", "reference", "samples", "compare", "kinks", "testing", "checks", "op", "op_*",
     "demo*", "cli_*", "fuzz*", "cost*", "bench*", "tuned*",
 )  # fmt: skip
 HYPOTHESIS = ("fuzz_exprs", "fuzz_specs", "fuzz_hunt")  # which `flagen fuzz` alone needs

@@ -21,6 +21,7 @@ import flagen
 from flagen import Input, Scalar, Spec, logsigmoid, sigmoid, specs, v
 from flagen.analysis import analyse
 from flagen.op import Op
+from flagen.stabilize import gated
 from flagen.testing import make_inputs, make_scalars, make_state
 from flagen.torch_backend import TorchBackend
 from flagen.torch_vector import VectorBackend
@@ -171,6 +172,7 @@ def test_autocast_casts_what_is_neither_gate_nor_state(name):
     gates = {one for role, expr in spec.roles if role in ("log_decay", "phase", "bonus") for one in expr.inputs}
     # the numbers per token of an erase
     gates |= {one for role, expr in spec.roles if "erase" in role for one in expr.inputs if "k" not in one.axes}
+    gates |= set() if spec.stabilize is None else set(gated(spec.key).gate.inputs)
     x = list(make_inputs(spec, B=1, T=20, H=2, K=4, V=4).values())
     state, scalars = make_state(spec, N=1, H=2, K=4, V=4), make_scalars(spec)
     parts = (state,) if isinstance(state, Tensor) else state

@@ -50,7 +50,7 @@ def loss_of(op: Op) -> Callable[..., Tensor]:
     count, scalars = len(op.spec.inputs), scalars_of(op)
 
     def loss(*tensors: Tensor) -> Tensor:
-        state = tensors[count:] if op.spec.normalize else tensors[count]
+        state = tensors[count:] if op.spec.normalizer is not None else tensors[count]
         o, final = op(*tensors[:count], **scalars, initial_state=state, output_final_state=True)
         return o.square().sum() + sum(y.abs().square().sum() for y in parts(final))
 
@@ -230,7 +230,7 @@ def test_fake_and_meta_tensors_go_forward_and_backward(name):
         grads = torch.autograd.grad(o.sum() + sum(y.abs().sum() for y in parts(final)), x)
         now = [y.detach()[:, :1] if "t" in one.axes else y.detach() for y, one in zip(x, op.spec.inputs, strict=True)]
         state = tuple(y.detach() for y in parts(final))
-        return o, *state, *grads, op.step(*now, **scalars, state=state if op.spec.normalize else state[0])
+        return o, *state, *grads, op.step(*now, **scalars, state=state if op.spec.normalizer is not None else state[0])
 
     x = inputs_of(op)
     want = [(y.shape, y.stride(), y.dtype) for y in run(x)]
@@ -293,7 +293,7 @@ def test_defaults_of_the_process_change_nothing(name, which, restored):
         leaves = [y.clone().requires_grad_() for y in (*x, *state)]
         value = loss_of(op)(*leaves)
         written = tuple(y.clone() for y in state)
-        step = op.step(*one, **scalars, state=written if op.spec.normalize else written[0])
+        step = op.step(*one, **scalars, state=written if op.spec.normalizer is not None else written[0])
         return [value, *torch.autograd.grad(value, leaves), step, *written]
 
     want = run()

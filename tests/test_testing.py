@@ -268,7 +268,7 @@ def test_check_believes_an_honest_op(spec, dtype):
     report = check(Honest(spec), **SMALL, dtype=dtype, device="cpu")
     assert report.ok and report.failures == () and all(math.isfinite(row.rms) for row in report.rows)
     found = [row.tensor for row in report.rows]
-    parts = ["S", "z"] if spec.normalizer is not None else ["S"]
+    parts = list("Szm"[: spec.state_parts])
     wanted = ["o", *(f"final_state {x}" for x in parts), *(f"d {one.name}" for one in spec.inputs)]
     wanted += [f"d initial_state {x}" for x in parts] + ["step o", *(f"step state {x}" for x in parts)]
     assert found == wanted

@@ -44,7 +44,7 @@ def results(op: Op, x: list[Tensor], state: Any, scalars: dict[str, float]) -> l
     grads = torch.autograd.grad(o.square().sum() + sum(y.abs().square().sum() for y in parts), leaves)
     written = tuple(y.detach().clone() for y in parts)
     now = [y[:, :1] if "t" in one.axes else y for y, one in zip(x, op.spec.inputs, strict=True)]
-    step = op.step(*now, **scalars, state=written if op.spec.normalize else written[0])
+    step = op.step(*now, **scalars, state=written if op.spec.normalizer is not None else written[0])
     return [o, *parts, *grads, step, *written]
 
 

@@ -14,10 +14,10 @@ from triton_versions import INSTALLED, ROOT, VERSIONS, environment, found_versio
 # All that is asked of triton.language: it is in 3.6.0, 3.7.1 and 3.9.0. A name is added here when it was seen in them,
 # at best by `make compile-matrix`.
 NAMES = {
-    "PropagateNan", "abs", "arange", "bfloat16", "cdiv", "constexpr", "cos", "cumsum", "debug_barrier", "dot",
-    "exp", "exp2", "float32", "floor", "int32", "int64", "load", "log", "maximum", "min", "minimum",
-    "program_id", "range", "sigmoid", "sin", "sqrt", "static_range", "store", "sum", "trans", "where", "zeros",
-    "zeros_like",
+    "PropagateNan", "abs", "arange", "associative_scan", "bfloat16", "cdiv", "constexpr", "cos", "cumsum",
+    "debug_barrier", "dot", "exp", "exp2", "float32", "floor", "gather", "int32", "int64", "load", "log", "maximum",
+    "min", "minimum", "program_id", "range", "sigmoid", "sin", "sqrt", "static_range", "store", "sum", "trans",
+    "where", "zeros", "zeros_like",
 }  # fmt: skip
 
 

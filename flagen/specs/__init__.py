@@ -15,6 +15,7 @@ _NAMES = (
     "retnet", "transnormer", "gla", "rwkv6", "gateloop", "based", "mamba2", "hgrn2", "linear",
     "delta_net", "gated_delta_net", "kda", "comba", "rwkv7",
     "hgrn", "gateloop_elementwise", "min_gru",
+    "mlstm",
 )  # fmt: skip
 
 
