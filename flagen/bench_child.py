@@ -1,7 +1,8 @@
 """Cold and warm starts: the first forward and backward of a new process, whose caches are empty or full.
 
 `python -m flagen.bench_child` is the process: it reads a JSON object from stdin and prints one, with the seconds of the
-first forward and of the first backward after imports (of torch, Triton and flagen) and after the device has been woken.
+first forward and of the first backward after imports (of torch, Triton and flagen, and what torch itself imports for a
+first gradient) and after the device has been woken.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def main() -> int:
     device = asked["device"]
     spec = flagen.Spec.from_json(asked["spec"])
     scalars: dict[str, Any] = make_scalars(spec)
+    _wake(device)
     inputs = make_inputs(spec, Shape.dense(*asked["sizes"]), getattr(torch, asked["dtype"]), device, scalars)
 
     def now() -> float:
@@ -78,6 +80,14 @@ def main() -> int:
     torch.autograd.grad(o, inputs, torch.ones_like(o), allow_unused=True)
     print(json.dumps({"forward": middle - began, "backward": now() - middle}))
     return 0
+
+
+def _wake(device: str) -> None:
+    """What torch imports for the first gradient of a process, SymPy among it, is torch's time."""
+    import torch
+
+    x = torch.ones(2, device=device, requires_grad=True)
+    torch.autograd.grad(x * 2, x, torch.ones_like(x))
 
 
 if __name__ == "__main__":

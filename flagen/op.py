@@ -125,7 +125,7 @@ class Op:
                 o, (final,), _ = self._operators.forward(tensors, parts, None, scalars, scale, True, False)
                 parts[0].copy_(final)
                 return o
-            return self._operators.step(tensors, parts, scalars, scale)
+            return self._operators.plain_step(tensors, parts, scalars, scale)
 
     def _reference(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -48,27 +48,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
-        op, (scalars, scale, want_final), count = ctx.op, ctx.settings, ctx.count
-        cu_seqlens, o, *saved = ctx.saved_tensors
-        inputs, initial, saved = saved[:count], saved[count : count + ctx.states], saved[count + ctx.states :]
-        d_state = rest[0] if want_final else None
-        d_sums = rest[1] if want_final and op._checks.parts > 1 else None
-        needs = ctx.needs_input_grad[4 : 4 + count]
-        arguments = d_o, d_state, d_sums, o, saved, inputs, initial, cu_seqlens, scalars, scale, needs, ctx.states > 0
-        if not torch.is_grad_enabled():
-            found = op._operators.backward(*arguments)
-        else:
-            with torch.no_grad():
-                found = op._operators.backward(*arguments)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            sources = (x for x in (d_o, d_state, d_sums, *inputs, *initial) if x is not None)
-            found = _Gradient.apply(op.__name__, len(found), *found, *sources)
-        grads, at = [], 0
-        for need in needs:
-            grads.append(found[at] if need else None)
-            at += need
-        d_initial = found[at:] if ctx.states else [None] * ctx.initial_count
-        return None, None, None, None, *grads, *d_initial
+        return _gradients(ctx, ctx.op._operators.backward, d_o, rest)
 
 
 class TransformedAttention(Attention):
@@ -100,7 +80,10 @@ class EagerAttention(torch.autograd.Function):
         return o, *final
 
     jvp = TransformedAttention.jvp
-    backward = Attention.backward
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, ctx.op._operators.plain_backward, d_o, rest)
 
 
 def _keep(
@@ -120,6 +103,33 @@ def _keep(
     ctx.initial_count = len(tensors) - count
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(cu_seqlens, o if op._checks.parts > 1 else None, *tensors[:count], *initial, *saved)
+
+
+def _gradients(
+    ctx: Any, operator: Callable[..., Any], d_o: Tensor | None, rest: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """What backward returns; `operator`: what computes the gradients."""
+    op, (scalars, scale, want_final), count = ctx.op, ctx.settings, ctx.count
+    cu_seqlens, o, *saved = ctx.saved_tensors
+    inputs, initial, saved = saved[:count], saved[count : count + ctx.states], saved[count + ctx.states :]
+    d_state = rest[0] if want_final else None
+    d_sums = rest[1] if want_final and op._checks.parts > 1 else None
+    needs = ctx.needs_input_grad[4 : 4 + count]
+    arguments = d_o, d_state, d_sums, o, saved, inputs, initial, cu_seqlens, scalars, scale, needs, ctx.states > 0
+    if not torch.is_grad_enabled():
+        found = operator(*arguments)
+    else:
+        with torch.no_grad():
+            found = operator(*arguments)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        sources = (x for x in (d_o, d_state, d_sums, *inputs, *initial) if x is not None)
+        found = _Gradient.apply(op.__name__, len(found), *found, *sources)
+    grads, at = [], 0
+    for need in needs:
+        grads.append(found[at] if need else None)
+        at += need
+    d_initial = found[at:] if ctx.states else [None] * ctx.initial_count
+    return None, None, None, None, *grads, *d_initial
 
 
 class _Gradient(torch.autograd.Function):

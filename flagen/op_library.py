@@ -41,6 +41,8 @@ BACKWARD = (
 STEP = "(Tensor[] inputs, Tensor(a!)[] state, float[] scalars, float scale) -> Tensor"
 MAX_CONSTANTS = 1024  # sets of them that are kept
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # without a __torch_function__ of their own
+
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _names: dict[str, int] = {}
 _lock = threading.Lock()
@@ -175,10 +177,24 @@ class Operators:
                 torch.autograd.graph.increment_version(x)
         return o
 
-    def plain_forward(self, *arguments: Any) -> Any:
+    def plain_forward(self, inputs: Sequence[Tensor], initial_state: Sequence[Tensor], *arguments: Any) -> Any:
         """The forward operator, past the gradient of its own, which callers have no need of."""
+        if unobserved((*inputs, *initial_state)):
+            return self._forward(inputs, initial_state, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return self.forward(*arguments)
+            return self.forward(inputs, initial_state, *arguments)
+
+    def plain_backward(self, *arguments: Any) -> Any:
+        """The backward operator. What it reads of the forward is as that left it."""
+        if not torch.compiler.is_compiling() and unobserved([x for x in arguments[:3] if x is not None]):
+            return self._backward(*arguments)
+        return self.backward(*arguments)
+
+    def plain_step(self, inputs: Sequence[Tensor], state: Sequence[Tensor], *arguments: Any) -> Any:
+        """The step operator."""
+        if not torch.compiler.is_compiling() and unobserved((*inputs, *state)):
+            return self._step(inputs, state, *arguments)
+        return self.step(inputs, state, *arguments)
 
     # --- the forward operator by itself, as a program of torch.export calls it
 
@@ -307,6 +323,30 @@ class Operators:
             f"{self.checks.name}: torch.vmap over this op or its gradient is not supported (torch.func.jacrev and "
             "hessian use it too, and is_grads_batched); it has a batch axis of its own: fold the mapped axis into B"
         )
+
+
+def unobserved(tensors: Sequence[Tensor]) -> bool:
+    """Whether an operator on these tensors would come straight to its implementation, and could as well be called past
+    the dispatcher: no mode, subclass, wrapper, lazy conjugate or profiler has a part in it."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch.autograd.profiler._is_profiler_enabled:
+        return False
+    return all(
+        type(x) in _PLAIN_TYPES and torch._C._dispatch_keys(x).raw_repr() in _plain_keys(x.device.type) for x in tensors
+    )
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> frozenset[int]:
+    """The dispatch keys of tensors of a type of device that are nothing else, made in every mode."""
+    if device_type == "meta":
+        return frozenset()
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
+    return frozenset(found)
 
 
 def _unique(name: str) -> str:

@@ -142,6 +142,7 @@ def schedule(
     parts = 2 if plan.complex else 1
     BV = value_block(block(shape.V, triton), BF * parts, STATE_ELEMENTS)
     BT = chunk_size or chunk(plan, BF, low)
+    programs = shape.N * shape.H
     LC = max(checkpoint or checkpoint_of(plan), BT) // BT * BT
     bwd = tile(BT, BV, BF * BV * parts, 1)
     fwd = bwd
@@ -151,7 +152,9 @@ def schedule(
         half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
         fwd = tile(BT, half, BF * half * parts, 2 if low else 1)
         bwd = fwd if plan.sweeps else bwd
-    programs = shape.N * shape.H
+        # of a small state two halves, rather than two pieces of the sequence and the launches that these take
+        if BF <= 64 and half > 32 and programs * -(-shape.V // half) < device.multiprocessors:
+            fwd = tile(BT, 32, BF * 32 * parts, 2 if low else 1)
     whole = block(shape.V, triton)
     rows = sweep_tile(BT, BK, whole, low)
     return Schedule(
@@ -159,7 +162,7 @@ def schedule(
         bwd=bwd,
         intra=Tile(BT, 64, 2, 1),
         bwd_intra=Tile(BT, 64, 4, 1),
-        step=Tile(1, max(16, min(BV, 4096 // BF)), 4, 1),
+        step=Tile(1, max(16, min(BV, 8192 // (BF * parts))), 4, 1),
         rows=rows,
         BK=BK,
         BV=whole,

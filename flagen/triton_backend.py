@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .schedule import Schedule, Shape, checkpoint_of, device_of, rows_of_state, schedule
 from .torch_backend import Forward
+from .triton_ahead import Ahead, like
+from .triton_record import is_collecting
+from .triton_replay import Replay
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -41,8 +44,12 @@ class TritonBackend:
         self.output = plan.analysis.inputs.index(plan.analysis.spec.value.inputs[0])
         self.normalized, self.stabilized = plan.normalized, plan.stabilized
         self._schedule = functools.lru_cache(maxsize=256)(self._make_schedule)
+        self._replay = Replay(module)
+        self._ahead, self._begun = Ahead(), set[Any]()
+        self._device: torch.device | None = None  # that meta tensors stand for
+        # which input has a time axis, and where
+        self._time = next((i, one.axes.index("t")) for i, one in enumerate(plan.inputs) if "t" in one.axes)
 
-    @torch.no_grad()
     def forward(
         self,
         inputs: tuple[Tensor, ...],
@@ -55,30 +62,50 @@ class TritonBackend:
     ) -> Forward:
         """`inputs` and `constants` in the analysis' order; `initial` is () or the state. Saved: states, and with a
         normaliser its sums and what it divided by."""
+        if not self._tokens(inputs):
+            return self._without_tokens(inputs, constants, initial, cu_seqlens, want_final, save)
+        first, second = len(inputs), len(inputs) + len(constants)
+
+        def run(launchers: Any, x: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+            return self._forward(launchers, x[:first], x[first:second], scale, x[second:-1], x[-1], want_final, save)
+
+        key = "forward", scale, want_final, save, second
+        o, *rest = self._replay(key, (*inputs, *constants, *initial, cu_seqlens), run)
+        ends = 1 + self.normalized + self.stabilized if want_final else 0
+        return Forward(o, tuple(rest[:ends]), tuple(rest[ends:]))
+
+    def _forward(
+        self,
+        launchers: Any,
+        inputs: tuple[Tensor, ...],
+        constants: tuple[Tensor, ...],
+        scale: float,
+        initial: tuple[Tensor, ...],
+        cu_seqlens: Tensor | None,
+        want_final: bool,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        """The output, the final state, and what is saved, one after the other."""
         inputs, sizes = self._prepared(inputs), self._sizes(inputs, cu_seqlens)
-        scales: tuple[Tensor, ...] = ()
+        given, scales = constants, ()
         if self.stabilized:
-            constants, scales = self._held(inputs, constants, initial, cu_seqlens)
-            initial = initial[:2]
-        if not sizes.T:
-            out = self._empty(inputs, sizes, initial, cu_seqlens, want_final, save)
-            return out._replace(final=(*out.final, *scales)) if want_final else out
-        start = self._real(initial) or (None,) * (1 + self.normalized)
+            constants, scales = self._held(launchers, inputs, constants, initial, cu_seqlens)
+        start = self._real(initial[:2]) or (None,) * (1 + self.normalized)
         plan = self.schedule(inputs, sizes)
+        if save and inputs[0].is_cuda and self._replay.records:
+            self._begin(plan, inputs, given, scale, initial, cu_seqlens, want_final)
         with torch.cuda.device_of(inputs[0]):
-            o, ht, hc, *rest = self.module.fwd(
+            o, ht, hc, *rest = launchers.fwd(
                 *inputs, *constants, *start, cu_seqlens, scale, plan, final=want_final, save=save
             )
         zt, zc, den = rest or (None, None, None)
         final = (*self._public((ht, zt)[: 1 + self.normalized]), *scales) if want_final else ()
         if not save:
-            return Forward(o, final, ())
+            return o, *final
         if not self.normalized:
-            return Forward(o, final, (hc.view(-1),))
-        held = constants[len(self.plan.analysis.constants) :]
-        return Forward(o, final, (hc.view(-1), zc.view(-1), den, *held))
+            return o, *final, hc.view(-1)
+        return o, *final, hc.view(-1), zc.view(-1), den, *constants[len(given) :]
 
-    @torch.no_grad()
     def backward(
         self,
         do: Tensor | None,
@@ -94,15 +121,47 @@ class TritonBackend:
         need_initial: bool,
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         """The gradients of the inputs that `needs` marks, in their shapes and dtypes, and of the initial state."""
-        sizes = self._sizes(inputs, cu_seqlens)
-        if not sizes.T:
+        if not self._tokens(inputs):
             grads = tuple(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True))
             ends = (*dfinal, *(None for _ in initial[2:]))
             return grads, tuple(
                 torch.zeros_like(x) if d is None else d.to(x.dtype) for x, d in zip(initial, ends, strict=True)
             ) if need_initial else ()
+        tensors = (do, *dfinal, o, *saved, *inputs, *constants, cu_seqlens, *initial)
+        counts = len(dfinal), len(saved), len(inputs), len(constants)
+
+        def run(launchers: Any, x: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+            do, *rest = x
+            parts = []
+            for count in (counts[0], 1, *counts[1:], 1):
+                parts.append(tuple(rest[:count]))
+                rest = rest[count:]
+            return self._backward(launchers, do, *parts, scale, tuple(rest), needs, need_initial)
+
+        found = self._replay(("backward", scale, needs, need_initial, counts), tensors, run)
+        return tuple(found[: counts[2]]), tuple(found[counts[2] :])
+
+    def _backward(
+        self,
+        launchers: Any,
+        do: Tensor | None,
+        dfinal: tuple[Tensor | None, ...],
+        o: tuple[Tensor],
+        saved: tuple[Tensor, ...],
+        inputs: tuple[Tensor, ...],
+        constants: tuple[Tensor, ...],
+        bounds: tuple[Tensor | None],
+        scale: float,
+        initial: tuple[Tensor, ...],
+        needs: tuple[bool, ...],
+        need_initial: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of the inputs, then those of the initial state."""
+        (o,), (cu_seqlens,) = o, bounds
+        if not is_collecting():
+            self._ahead.wait()
         constants = (*constants, *saved[3:])
-        prepared = self._prepared(inputs)
+        sizes, prepared = self._sizes(inputs, cu_seqlens), self._prepared(inputs)
         end = self._ends(dfinal, sizes, o)
         do = torch.zeros_like(o) if do is None else do if do.stride(-1) == 1 else do.contiguous()
         F = rows_of_state(self.plan, sizes.K)
@@ -110,7 +169,7 @@ class TritonBackend:
         extra = (o, saved[2], saved[1].view(-1, sizes.H, F)) if self.normalized else ()
         plan = self.schedule(prepared, sizes)
         with torch.cuda.device_of(o):
-            found, *d_initial = self.module.bwd(
+            found, *d_initial = launchers.bwd(
                 *prepared, *constants, do, hc, *extra, *end, cu_seqlens, scale, plan, needs, initial=need_initial
             )
         grads = tuple(
@@ -118,19 +177,65 @@ class TritonBackend:
             for parts, x, one in zip(found, inputs, self.plan.inputs, strict=True)
         )
         if not need_initial:
-            return grads, ()
+            return grads
         found = self._public(tuple(d_initial)) + tuple(torch.zeros_like(x) for x in initial[2:])
-        return grads, tuple(d.to(x.dtype) for d, x in zip(found, initial, strict=True))
+        return *grads, *(d.to(x.dtype) for d, x in zip(found, initial, strict=True))
 
-    @torch.no_grad()
+    def _begin(
+        self,
+        plan: Schedule,
+        inputs: tuple[Tensor, ...],
+        constants: tuple[Tensor, ...],
+        scale: float,
+        initial: tuple[Tensor, ...],
+        cu_seqlens: Tensor | None,
+        want_final: bool,
+    ) -> None:
+        """Compiles what this forward launches, and a backward that wants all gradients, if it was not begun before."""
+        device = inputs[0].device
+        key = plan, device, len(initial), cu_seqlens is None, want_final, *(x.dtype for x in inputs)
+        if key in self._begun:
+            return
+        self._begun.add(key)
+        self._device = device
+        x, c, h, cu = (tuple(map(like, some)) for some in (inputs, constants, initial, (cu_seqlens,)))
+        ends = 1 + self.normalized + self.stabilized if want_final else 0
+
+        def forward() -> tuple[Tensor, ...]:
+            return self._forward(launchers, x, c, scale, h, *cu, want_final, True)
+
+        def backward(made: tuple[Tensor, ...]) -> None:
+            o, *rest = made
+            do, dfinal = torch.empty_like(o), (None,) * (1 + self.normalized)
+            needs = (True,) * len(x)
+            self._backward(launchers, do, dfinal, (o,), tuple(rest[ends:]), x, c, cu, scale, h, needs, bool(h))
+
+        launchers = self._replay.launchers
+        self._ahead.start(device.index or 0, forward, backward)
+
     def step(
         self, inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...], scale: float, state: tuple[Tensor, ...]
     ) -> Tensor:
         """One token, T = 1: the output [B, 1, H, V]. The state is updated in place."""
+        first, second = len(inputs), len(inputs) + len(constants)
+
+        def run(launchers: Any, x: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+            return (self._step(launchers, x[:first], x[first:second], scale, x[second:]),)
+
+        return self._replay(("step", scale, second), (*inputs, *constants, *state), run)[0]
+
+    def _step(
+        self,
+        launchers: Any,
+        inputs: tuple[Tensor, ...],
+        constants: tuple[Tensor, ...],
+        scale: float,
+        state: tuple[Tensor, ...],
+    ) -> Tensor:
         inputs = self._prepared(inputs)
         kept = tuple(x.contiguous() for x in self._real(state))
         with torch.cuda.device_of(inputs[0]):
-            o = self.module.step(*inputs, *constants, *kept, scale, self.schedule(inputs, self._sizes(inputs, None)))
+            o = launchers.step(*inputs, *constants, *kept, scale, self.schedule(inputs, self._sizes(inputs, None)))
         for mine, given in zip(kept, self._real(state), strict=True):
             if mine.data_ptr() != given.data_ptr():
                 given.copy_(mine)
@@ -160,8 +265,9 @@ class TritonBackend:
             for x, one in zip(inputs, self.plan.inputs, strict=True)
             if one.name in decay.inputs
         )
-        like = inputs[self.output]
-        return self._schedule(sizes, like.dtype, like.device, exact)
+        out = inputs[self.output]
+        device = self._device if out.is_meta and self._device is not None else out.device
+        return self._schedule(sizes, out.dtype, device, exact)
 
     def _make_schedule(self, sizes: Shape, dtype: torch.dtype, device: torch.device, exact: bool) -> Schedule:
         found = schedule(self.plan, sizes, dtype, exact_decay=exact, device=device_of(device), **self.options)
@@ -171,6 +277,7 @@ class TritonBackend:
 
     def _held(
         self,
+        launchers: Any,
         inputs: tuple[Tensor, ...],
         constants: tuple[Tensor, ...],
         initial: tuple[Tensor, ...],
@@ -178,8 +285,25 @@ class TritonBackend:
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The constants with the gauges after them, and m after the last tokens."""
         with torch.cuda.device_of(inputs[0]):
-            *gauges, last = self.module.peaks(*inputs, *constants, (*initial[2:], None)[0], cu_seqlens)
+            *gauges, last = launchers.peaks(*inputs, *constants, (*initial[2:], None)[0], cu_seqlens)
         return (*constants, *gauges), (last,)
+
+    @torch.no_grad()
+    def _without_tokens(
+        self,
+        inputs: tuple[Tensor, ...],
+        constants: tuple[Tensor, ...],
+        initial: tuple[Tensor, ...],
+        cu_seqlens: Tensor | None,
+        want_final: bool,
+        save: bool,
+    ) -> Forward:
+        """The forward for T = 0."""
+        out = self._empty(inputs, self._sizes(inputs, cu_seqlens), initial[:2], cu_seqlens, want_final, save)
+        if not (self.stabilized and want_final):
+            return out
+        _, scales = self._held(self._replay.launchers, inputs, constants, initial, cu_seqlens)
+        return out._replace(final=(*out.final, *scales))
 
     def _empty(
         self,
@@ -200,6 +324,9 @@ class TritonBackend:
         )
         saved = self.saved_like(inputs, cu_seqlens) if save else ()
         return Forward(like.new_empty((sizes.B, 0, sizes.H, sizes.V)), final if want_final else (), saved)
+
+    def _tokens(self, inputs: tuple[Tensor, ...]) -> int:
+        return int(inputs[self._time[0]].shape[self._time[1]])
 
     def _sizes(self, inputs: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> Shape:
         B, T, H, K, V, _, N = self.module.sizes(*inputs, *(None for _ in self.plan.analysis.constants), cu_seqlens)

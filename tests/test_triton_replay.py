@@ -1,0 +1,253 @@
+"""Launches that are repeated from a record: the same kernels, arguments and flow of data as the launcher's own.
+
+There is no GPU here: kernels are compiled, and what a launch was given is noted (fake_driver)."""
+
+from __future__ import annotations
+
+import builtins
+import threading
+from types import ModuleType
+
+import pytest
+import torch
+import triton
+from fake_driver import fake_gpu
+
+from flagen import specs, triton_replay
+from flagen.analysis import analyse
+from flagen.bench import make_inputs
+from flagen.checks import Checks
+from flagen.compiler import prepare
+from flagen.load import load
+from flagen.samples import make_scalars
+from flagen.schedule import Shape
+from flagen.torch_taylor import count
+from flagen.triton_backend import TritonBackend
+from flagen.triton_replay import SEEN, UNFIT, Program, Replay
+
+pytestmark = pytest.mark.skipif(not isinstance(triton.language.cdiv, triton.JITFunction), reason="interpreted")
+NAMES = ("retnet", "mamba2", "linear", "gla", "mlstm")
+SIZES = Shape.dense(1, 600, 2, 16, 16)  # cut in pieces
+
+
+class Calls:
+    """Forward and backward of a spec on a GPU that is not there."""
+
+    def __init__(self, name: str) -> None:
+        spec = specs.get(name)
+        plan, entry = prepare(spec)
+        self.spec, self.plan, self.backend = spec, plan, TritonBackend(plan, load(entry), 16)
+        scalars = make_scalars(spec)
+        self.inputs = tuple(x.detach() for x in make_inputs(spec, SIZES, torch.bfloat16, "cpu", scalars))
+        values = Checks(analyse(spec)).constants([scalars[one.name] for one in spec.scalars], SIZES.H)
+        self.constants = tuple(torch.tensor(value, dtype=torch.float32) for value in values)
+
+    def states(self, N: int) -> tuple[torch.Tensor, ...]:
+        F = count(SIZES.K, self.plan.taylor) if self.plan.taylor else SIZES.K
+        dtype = torch.complex64 if self.plan.complex else torch.float32
+        state = torch.zeros(N, SIZES.H, F, SIZES.V, dtype=dtype)
+        sums = (torch.zeros(N, SIZES.H, F),) if self.plan.normalized else ()
+        return state, *sums, *((torch.zeros(N, SIZES.H),) if self.plan.stabilized else ())
+
+    def forward(self, memory, inputs, initial=(), cu_seqlens=None):
+        """What was launched, what it made of the results, and the results."""
+        memory.launches.clear()
+        memory.define((*inputs, *self.constants, *initial, cu_seqlens))
+        found = self.backend.forward(inputs, self.constants, 0.5, initial, cu_seqlens, bool(initial), True)
+        results = (found.o, *found.final, *found.saved)
+        return [one[:4] for one in memory.launches], [memory.at.get(x.data_ptr()) for x in results], found
+
+    def backward(self, memory, inputs, found, initial=(), cu_seqlens=None):
+        memory.launches.clear()
+        do = torch.ones_like(found.o)
+        ends = tuple(torch.ones_like(x) for x in initial[:2]) or (None,) * (1 + self.plan.normalized)
+        memory.define((do, *ends, found.o, *found.saved, *inputs, *self.constants, cu_seqlens))
+        grads, d_initial = self.backend.backward(
+            do, ends, found.o, found.saved, inputs, self.constants, 0.5, initial, cu_seqlens,
+            (True,) * len(inputs), bool(initial),
+        )  # fmt: skip
+        results = (*grads, *d_initial)
+        assert all(x is not None for x in results)
+        shapes = [(x.shape, x.stride(), x.dtype) for x in results]
+        return [one[:4] for one in memory.launches], [memory.at.get(x.data_ptr()) for x in results], shapes
+
+    def without_torch(self, values: list) -> list:
+        """The values of results that the last record has from kernels, not from operators of torch."""
+        program = self.programs()[-1]
+        torchs = {one[1] for one in program.actions if one[0] == "torch" and "zeros" not in str(one[2])}
+        return [None if slot in torchs else value for value, slot in zip(values, program.ends, strict=True)]
+
+    def programs(self) -> list[Program]:
+        return [one for one in self.backend._replay._forms.values() if isinstance(one, Program)]
+
+
+def module_of() -> ModuleType:
+    module = ModuleType("module")
+    module.__dict__.update(torch=torch, __builtins__=builtins)
+    return module
+
+
+@pytest.fixture(scope="module")
+def memory():
+    with fake_gpu() as memory:
+        yield memory
+
+
+@pytest.fixture(scope="module")
+def retnet():
+    return Calls("retnet")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_does_what_the_launcher_does(name, packed, memory):
+    calls = Calls(name)
+    bounds = torch.tensor([0, 100, 600], dtype=torch.int32) if packed else None
+    for initial in ((), calls.states(2 if packed else 1)):
+        first, recorded, again = (calls.forward(memory, calls.inputs, initial, bounds) for _ in range(3))
+        assert first[:2] == recorded[:2] == again[:2]
+        assert len(first[0]) > 1 and None not in first[1]
+        for x, y in zip((first[2].o, *first[2].final, *first[2].saved),
+                        (again[2].o, *again[2].final, *again[2].saved), strict=True):  # fmt: skip
+            assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+            assert x.data_ptr() != y.data_ptr()
+        given = first[2]
+        first, recorded, again = (calls.backward(memory, calls.inputs, given, initial, bounds) for _ in range(3))
+        assert first[::2] == recorded[::2] == again[::2]
+        assert calls.without_torch(first[1]) == calls.without_torch(recorded[1]) == calls.without_torch(again[1])
+        assert sum(one is not None for one in calls.without_torch(again[1])) > 1
+    assert len(calls.programs()) == 4
+
+
+def test_steps_are_in_place(memory):
+    calls = Calls("mamba2")
+    inputs = tuple(x[:, :1] if x.dim() > 1 else x for x in calls.inputs)
+    seen = []
+    for layout in (lambda x: x, lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)):
+        for _ in range(3):
+            state = tuple(map(layout, calls.states(1)))
+            memory.launches.clear()
+            memory.define((*inputs, *calls.constants, *state))
+            o = calls.backend.step(inputs, calls.constants, 0.5, state)
+            seen.append(([one[:4] for one in memory.launches], memory.at[o.data_ptr()]))
+            if layout(o) is o:
+                assert memory.at[state[0].data_ptr()] != 1 + len(inputs) + len(calls.constants)
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[3][0] == seen[4][0] == seen[5][0]
+    assert len(calls.programs()) == 2
+
+
+def test_addresses_that_are_aligned_otherwise_are_another_form(memory, retnet):
+    q, k, v = retnet.inputs
+    odd = torch.empty(k.numel() + 1, dtype=k.dtype)[1:].view(k.shape)
+    expected = Calls("retnet").forward(memory, (q, odd, v))
+    aligned = [retnet.forward(memory, (q, k, v)) for _ in range(3)][-1]
+    assert retnet.forward(memory, (q, odd, v))[:2] == expected[:2] != aligned[:2]
+
+
+def test_a_tensor_that_is_given_twice_is_not_the_form_of_two(memory):
+    calls = Calls("retnet")
+    q, k, v = calls.inputs
+    expected = calls.forward(memory, (q, k, v))
+    calls.backend._replay._forms.clear()
+    for _ in range(3):
+        calls.forward(memory, (q, q, q))
+    assert len(calls.programs()) == 1
+    assert calls.forward(memory, (q, k, v))[:2] == expected[:2]
+
+
+def test_parts_of_one_tensor(memory):
+    calls = Calls("retnet")
+    together = torch.zeros(*calls.inputs[0].shape[:3], 48, dtype=torch.bfloat16)
+    apart = tuple(x.detach().clone() for x in together.split(16, -1))
+    expected = [memory.at.get(0), *calls.forward(memory, tuple(together.split(16, -1)))[:2]][1:]
+    for _ in range(2):
+        found = calls.forward(memory, tuple(together.split(16, -1)))[:2]
+        assert list(found) == expected
+    assert calls.forward(memory, apart)[1] != []
+    assert calls.programs()
+
+
+def test_hooks_see_every_launch(memory, retnet):
+    for _ in range(3):
+        retnet.forward(memory, retnet.inputs)
+    used = []
+    for one in retnet.programs():
+        one.__dict__["_act"] = lambda tensors, one=one: used.append(one) or Program._act(one, tensors)
+    retnet.forward(memory, retnet.inputs)
+    assert used
+    used.clear()
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(print)
+    try:
+        retnet.forward(memory, retnet.inputs)
+    finally:
+        hook.remove(print)
+    assert not used
+
+
+def test_what_cannot_be_recorded_runs_as_it_is():
+    module = module_of()
+    module.fwd = lambda x: x + x.sum().item()
+    replay = Replay(module)
+    replay.records = True
+    for n in range(4):
+        x = torch.full((3,), float(n))
+        (found,) = replay("key", (x,), lambda launchers, x: (launchers.fwd(*x),))
+        assert found.tolist() == [4.0 * n] * 3
+    assert list(replay._forms.values()) == [UNFIT]
+
+
+def test_operators_of_torch_are_repeated():
+    """Views, results, what is written in place, constants from before, and an input that comes back."""
+    module, weight = module_of(), torch.arange(4.0)
+
+    def fwd(x, y):
+        made = torch.zeros(4)
+        made.copy_(x.view(2, 2).t().reshape(4))
+        return made[1:3], made * weight, y, torch.cat([x, y])
+
+    module.fwd = fwd
+    replay = Replay(module)
+    replay.records = True
+    for n in range(4):
+        x, y = torch.arange(4.0) + n, torch.full((2,), float(n), requires_grad=True)
+        found = replay("key", (x, y), lambda launchers, x: launchers.fwd(*x))
+        expected = fwd(x, y.detach())
+        assert found[2] is y
+        for mine, other in zip(found, expected, strict=True):
+            assert mine.tolist() == other.tolist()
+            assert mine is y or not mine.requires_grad
+        assert isinstance(replay._forms[next(iter(replay._forms))], Program) == (n > 0)
+
+
+def test_forms_are_forgotten_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(triton_replay, "MAX_FORMS", 4)
+    module = module_of()
+    module.fwd = lambda x: x + 1
+    replay = Replay(module)
+    replay.records = True
+    for n in range(9):
+        assert replay(n, (torch.ones(1),), lambda launchers, x: (launchers.fwd(*x),))[0].item() == 2
+    assert list(replay._forms.values()) == [SEEN]
+
+
+@pytest.mark.parametrize("name", ["mamba2", "linear"])
+def test_a_training_step_is_compiled_ahead(name, memory):
+    """All that the first forward and backward launch, by threads."""
+    calls = Calls(name)
+    backend, threads = calls.backend, []
+    before = triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = lambda **_: threads.append(threading.current_thread().name)
+    for kernel in (one for key, one in vars(backend.module).items() if key.endswith("_kernel")):
+        kernel.device_caches.clear()
+    try:
+        plan = backend.schedule(calls.inputs, backend._sizes(calls.inputs, None))
+        for _ in range(2):
+            backend._begin(plan, calls.inputs, calls.constants, 0.5, (), None, False)
+        given = calls.forward(memory, calls.inputs)
+        launched = len(given[0]) + len(calls.backward(memory, calls.inputs, given[2])[0])
+    finally:
+        triton.knobs.compilation.listener = before
+    assert len(threads) == launched > 5
+    assert all(one.startswith("flagen-compile") for one in threads)
