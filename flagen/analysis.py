@@ -82,8 +82,6 @@ class Analysis:
         """Why the spec has no plan and no Triton kernels yet, or ""; it then runs as chunkwise PyTorch on every
         device.
         """
-        if self.vector:
-            return "there are no Triton kernels for a vector state yet"
         if self.erase != "none":
             return "there are no Triton kernels for erase yet"
         return "there are no Triton kernels for l2norm yet" if self.units else ""

@@ -15,6 +15,7 @@ from .functions import evaluate_host
 from .samples import make_scalars
 from .testing import check
 from .torch_backend import TorchBackend
+from .torch_vector import VectorBackend
 
 if TYPE_CHECKING:
     from .op import Op
@@ -56,6 +57,8 @@ def sampled(op: Op, case: Case, shape: Shape, dtype: torch.dtype) -> str:
     """Output and gradients of some heads of a call at its full length, against the recurrence in chunks of PyTorch in
     fp64, measured as testing.check measures. Returns what differs, or nothing."""
     spec = op.spec
+    if spec.vector:
+        return _sampled_channels(op, case, shape, dtype)
     heads = torch.tensor([0] if shape.H == 1 or shape.T > LONG else [0, shape.H - 1])
     o = case.run()
     generator = torch.Generator().manual_seed(1)
@@ -87,6 +90,36 @@ def sampled(op: Op, case: Case, shape: Shape, dtype: torch.dtype) -> str:
             limit, part_of = SLACK * limit_of(dtype, kind_of(spec, one)), _heads(got, one.axes, heads)
             rows.append(testing.gradient_row(right, one, part_of, mine, rate, limit, lambda wide: by_chunks(wide)[1]))
     return _said(tuple(one for one in rows if not one.ok))
+
+
+def _sampled_channels(op: Op, case: Case, shape: Shape, dtype: torch.dtype) -> str:
+    """The same for some channels of a vector state, over the last tokens and what came before them."""
+    spec, scalars, D = op.spec, make_scalars(op.spec), shape.H * shape.V
+    channels = torch.tensor(sorted({0, D // 2, D - 1}))
+    o = case.run()
+    generator = torch.Generator().manual_seed(1)
+    do = torch.randn(1, 1, D, generator=generator).to(o.device, o.dtype).expand_as(o)
+    found = torch.autograd.grad(o, case.inputs, do, allow_unused=True)
+    inputs = tuple(_channels(x, one.axes, channels).double() for x, one in zip(case.inputs, spec.inputs, strict=True))
+    constants = tuple(
+        torch.tensor(evaluate_host(expr, scalars, 1), dtype=torch.float64).to(o.device)
+        for _, expr in op.analysis.constants
+    )
+    backend, scale = VectorBackend(op.analysis), 1.0 if spec.scale is None else spec.scale
+    want = backend.forward(inputs, constants, scale, (), None, False, True)
+    part, needs = _channels(do, "btd", channels).double(), (True,) * len(inputs)
+    gradients, _ = backend.backward(part, (None,), want.o, want.saved, inputs, constants, scale, (), None, needs, False)
+    rows = [row("o", _channels(o, "btd", channels), want.o, SLACK * limit_of(dtype, "o"))]
+    for one, got, mine in zip(spec.inputs, found, gradients, strict=True):
+        if got is not None and mine is not None and "d" in one.axes:
+            limit = SLACK * limit_of(dtype, kind_of(spec, one))
+            rows.append(row(f"d {one.name}", _channels(got, one.axes, channels), mine, limit))
+    return _said(tuple(one for one in rows if not one.ok))
+
+
+def _channels(x: Tensor, axes: str, channels: Tensor) -> Tensor:
+    x = x.detach()
+    return x.index_select(-1, channels.to(x.device)) if "d" in axes else x
 
 
 def _heads(x: Tensor, axes: str, heads: Tensor) -> Tensor:

@@ -310,6 +310,8 @@ def _state(op: Op, shape: Shape, device: str) -> tuple[Tensor, ...]:
     """Of random numbers: what it holds changes nothing in how long a step takes."""
     rows = shape.K if op.plan is None else rows_of_state(op.plan, shape.K)
     kind = torch.float32 if op.spec.phase is None else torch.complex64
+    if op.spec.vector:
+        return (torch.randn(shape.N, shape.H * shape.V, dtype=kind, device=device),)
     state = torch.randn(shape.N, shape.H, rows, shape.V, dtype=kind, device=device)
     others = torch.rand(shape.N, shape.H, rows, device=device) + 1, torch.zeros(shape.N, shape.H, device=device)
     return (state, *others)[: op.spec.state_parts]

@@ -135,20 +135,26 @@ def _show_state(analysis: Analysis, shape: dict[str, int]) -> None:
 def _show_bytes(plan: Plan, shape: dict[str, int]) -> None:
     """What kernels that move each tensor once move, in 16 bits, for all heads; parameters do not count by token."""
     from .schedule import checkpoint_of, rows_of_state
+    from .schedule_vector import row_tokens
 
-    sizes = {axis: shape[axis.upper()] for axis in "hkv"}
+    if plan.vector:
+        shape = shape | {"H": 1, "K": 1, "V": shape["D"]}
+    sizes = {axis: shape[axis.upper()] for axis in ("hkvd" if plan.vector else "hkv")}
 
     def width(axes: str) -> int:
         return 2 * math.prod(sizes[axis] for axis in axes if axis in sizes)
 
     inputs = sum(width(one.axes) for one in plan.analysis.inputs if "t" in one.axes)
     output = width("hv")
-    # for the backward: a state every few tokens, with a normaliser what was divided by (fp32), and then o again
-    parts = 2 if plan.complex else 1
-    saved = parts * 2 * shape["H"] * rows_of_state(plan, shape["K"]) * shape["V"] // checkpoint_of(plan)
+    # for the backward: a state every few tokens, with a normaliser what was divided by (fp32), and then o again; of a
+    # vector state fp32 ones
+    parts = (2 if plan.complex else 1) * (2 if plan.vector else 1)
+    every = row_tokens(plan) if plan.vector else checkpoint_of(plan)
+    saved = parts * 2 * shape["H"] * rows_of_state(plan, shape["K"]) * shape["V"] // every
     saved += 4 * shape["H"] * (plan.normalized + 2 * plan.stabilized)
     reads = inputs + output + saved + (output if plan.normalized else 0)
-    print(f"\nbytes per token, 16-bit inputs, {shape['H']} heads, each tensor moved once")
+    channels = f"{shape['V']} channels" if plan.vector else f"{shape['H']} heads"
+    print(f"\nbytes per token, 16-bit inputs, {channels}, each tensor moved once")
     print(f"    forward   {inputs + output:8}  reads {inputs}, writes {output}")
     print(f"    training  {inputs + output + saved:8}  and writes {saved} for the backward")
     print(f"    backward  {reads + inputs:8}  reads {reads}, writes {inputs}")

@@ -69,6 +69,8 @@ def tuned(spec: Spec, shape: Shape, dtype: torch.dtype, device: str, versions: s
     plan, entry = compiler.prepare(spec)
     if plan is None:
         raise FlagenError(f"{spec.name}: has no kernels to tune")
+    if plan.vector:
+        raise FlagenError(f"{spec.name}: tune knows no other schedules for a vector state")
     module, op = load(entry), compiler.compile(spec, backend="triton")
     with tuned_tables.ignored():
         case = case_of(op, shape, dtype, device)

@@ -143,8 +143,11 @@ def _make(spec: Spec, chunk_size: int | None, backend: str, input_precision: str
         from . import tuned_tables
         from .load import load
         from .triton_backend import TritonBackend
+        from .triton_vector import VectorTritonBackend
 
         assert plan is not None, "the op asks for Triton where there are kernels alone"
+        if plan.vector:
+            return VectorTritonBackend(plan, load(entry))
         # what a user has fixed is not tuned
         chosen = tuned_tables.chosen if chunk_size is None and input_precision is None else None
         return TritonBackend(plan, load(entry), chunk_size, input_precision, chosen=chosen)

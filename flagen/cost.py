@@ -198,6 +198,7 @@ def estimate(
     plan, entry = prepare(spec)
     if plan is None:
         raise CostError(f"{spec.name}: has no kernels, so that the cost model has nothing to count")
+    shape = shape.of_vector() if plan.vector else shape
     inputs = meta_inputs(spec, shape, dtype)
     traced = trace(plan, load(entry), entry.source, inputs, machine.device, change, **options)
     read = sum(x.numel() * x.element_size() for x in inputs)
@@ -214,7 +215,7 @@ def estimate(
 
 def meta_inputs(spec: Spec, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Tensors without data, as samples.make_inputs shapes them. Step sizes and scalar gates are fp32."""
-    sizes = {"b": shape.B, "t": shape.T, "h": shape.H, "k": shape.K, "v": shape.V}
+    sizes = {"b": shape.B, "t": shape.T, "h": shape.H, "k": shape.K, "v": shape.V, "d": shape.H * shape.V}
     return tuple(
         torch.empty([sizes[axis] for axis in one.axes], dtype=dtype_of(one.axes, dtype), device="meta")
         for one in spec.inputs
@@ -223,7 +224,7 @@ def meta_inputs(spec: Spec, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, .
 
 def dtype_of(axes: str, dtype: torch.dtype) -> torch.dtype:
     """Of an input: `dtype` with channels, fp32 without, as models keep them."""
-    return dtype if "k" in axes or "v" in axes or dtype == torch.float64 else torch.float32
+    return dtype if set("kvd") & set(axes) or dtype == torch.float64 else torch.float32
 
 
 def _state_bytes(plan: Plan, shape: Shape) -> int:
@@ -334,4 +335,4 @@ def _traffic(launch: Launch, work: Work, together: int, machine: Machine) -> tup
 def _tile(launch: Launch) -> str:
     """The blocks of a launch by their names, as the kernel takes them."""
     taken = launch.arguments
-    return " ".join(f"{name}={taken[name]}" for name in ("BT", "BK", "BF", "BV") if name in taken)
+    return " ".join(f"{name}={taken[name]}" for name in ("BT", "BK", "BF", "BV", "BP", "S", "BD") if name in taken)

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import schedule as schedules
 from .cost_work import CostError, kernels_of
+from .schedule_vector import VectorSchedule, vector_schedule
 from .triton_backend import TritonBackend
+from .triton_vector import VectorTritonBackend
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -170,6 +172,19 @@ class _Backend(TritonBackend):
         return schedules.schedule(self.plan, sizes, dtype, exact_decay=exact, device=self.target, **self.options)
 
 
+class _VectorBackend(VectorTritonBackend):
+    """The same for a vector state."""
+
+    def __init__(self, plan: Plan, module: Any, target: schedules.Device, **options: Any) -> None:
+        super().__init__(plan, module)
+        self.target = target
+
+    def _make_schedule(  # type: ignore[override]
+        self, sizes: Shape, dtype: torch.dtype, device: torch.device, exact: bool
+    ) -> VectorSchedule:
+        return vector_schedule(self.plan, sizes, dtype, device=self.target)
+
+
 def trace(
     plan: Plan,
     module: types.ModuleType,
@@ -186,7 +201,8 @@ def trace(
     decided. compiling: what is launched is compiled, for the device that is here. options: as of TritonBackend.
     """
     memory = _Memory()
-    backend = _Backend(plan, _rebound(module, source, memory, compiling), device, **options)
+    kind = _VectorBackend if plan.vector else _Backend
+    backend = kind(plan, _rebound(module, source, memory, compiling), device, **options)
     if change is not None:
         decided = backend.schedule
         backend.schedule = lambda given, sizes: change(decided(given, sizes))  # type: ignore[method-assign]
@@ -223,6 +239,9 @@ def nbytes(x: Tensor) -> int:
 
 def _states(plan: Plan, inputs: tuple[Tensor, ...], backend: TritonBackend) -> tuple[Tensor, ...]:
     sizes = backend._sizes(inputs, None)
+    if plan.vector:
+        kind = torch.complex64 if plan.complex else torch.float32
+        return (torch.empty(sizes.N, sizes.V, dtype=kind, device="meta"),)
     rows = schedules.rows_of_state(plan, sizes.K)
     kind = torch.complex64 if plan.complex else torch.float32
     shapes = ((sizes.N, sizes.H, rows, sizes.V), (sizes.N, sizes.H, rows), (sizes.N, sizes.H))[: plan.spec.state_parts]

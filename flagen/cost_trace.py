@@ -141,7 +141,8 @@ class _Run:
             raise self.unknown(node.iter)
         turns = range(*(self.number(one, scope) for one in node.iter.args))
         nested = any(isinstance(one, ast.For) for stmt in node.body for one in ast.walk(stmt))
-        before, shown = self.weight, turns[: TURNS // 4 if nested else TURNS]
+        whole = ast.unparse(node.iter.func) == "tl.static_range"  # each turn may add what it reads to a tuple
+        before, shown = self.weight, turns[: len(turns) if whole else TURNS // 4 if nested else TURNS]
         self.weight *= len(turns) / max(1, len(shown))
         for turn in shown:
             self.assign(node.target, turn, scope)
@@ -202,9 +203,7 @@ class _Run:
             return scope[node.id]
         if node.id in self.constants:
             return self.constants[node.id]
-        if node.id == "tl":
-            return _Scope("tl")
-        if node.id in self.functions:
+        if node.id == "tl" or node.id in self.functions:
             return _Scope(node.id)
         raise CostError(f"{self.where}: {node.id!r} has no value where it is used")
 
@@ -316,17 +315,13 @@ class _Run:
     def do_full(self, shape: tuple[int, ...], value: Any, dtype: Dtype) -> Block:
         return Block(tuple(shape), dtype.name)
 
-    def do_zeros_like(self, x: Block) -> Block:
-        return x
-
     def do_trans(self, x: Block) -> Block:
         return Block(x.shape[::-1], x.dtype, x.tensor)
 
     def do_reshape(self, x: Block, *shape: Any) -> Block:
         return Block(tuple(shape[0]) if isinstance(shape[0], tuple) else shape, x.dtype)
 
-    def do_broadcast_to(self, x: Block, *shape: Any) -> Block:
-        return self.do_reshape(x, *shape)
+    do_broadcast_to = do_reshape
 
     def do_where(self, condition: Any, x: Any, y: Any) -> Any:
         if not isinstance(condition, Block) and not isinstance(x, Block) and not isinstance(y, Block):
@@ -351,8 +346,13 @@ class _Run:
         self.do_sum(x, axis)
         return x
 
-    def do_associative_scan(self, x: tuple[Block, ...], axis: int, combine: Any) -> tuple[Block, ...]:
-        return tuple(self.do_cumsum(one, axis) for one in x)
+    def do_associative_scan(self, values: tuple[Block, ...], axis: int, combine: _Scope) -> tuple[Block, ...]:
+        """About log2 of the rows times what puts two of them together, and one reduction's wait."""
+        before, self.work.reduced = self.weight, self.work.reduced + self.weight
+        self.weight *= max(1, values[0].shape[axis] - 1).bit_length()
+        self.call(self.functions[combine.path], (*values, *values), {})
+        self.weight = before
+        return values
 
     def do_gather(self, x: Block, index: Block, axis: int) -> Any:
         return self.elementwise(None, (x, index))
@@ -385,7 +385,7 @@ class _Run:
     def do_multiple_of(self, x: Any, *_: Any) -> Any:
         return x
 
-    do_max_contiguous = do_multiple_of
+    do_zeros_like = do_max_contiguous = do_multiple_of
 
     def unknown(self, node: ast.AST) -> CostError:
         return CostError(

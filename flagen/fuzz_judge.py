@@ -186,8 +186,9 @@ def _moved(case: Case, seed: int) -> Case | None:
     with torch.no_grad():
         for role, expr in spec.roles:
             value = _value(case, expr)
+            value = value[..., 0] if spec.vector else value
             if role in ("query", "key", "value"):
-                own = Input(f"noise_{role}", AXES_OF[role])
+                own = Input(f"noise_{role}", "btd" if spec.vector else AXES_OF[role])
                 changed[role], noise = expr + own, value * share(value, case.dtype)
             elif role in ("erase_a", "erase_b"):
                 own = Input(f"noise_{role}", AXES_OF[role])
@@ -195,7 +196,8 @@ def _moved(case: Case, seed: int) -> Case | None:
                 noise = value * share(value, case.dtype)
             elif role in ("log_decay", "phase") and expr.inputs:
                 # in kernels these are fp32, or fp64
-                own = Input(f"noise_{role}", "bth" + "".join(axis for axis in expr.axes if axis in "kv"))
+                channels = "".join(axis for axis in expr.axes if axis in "kv")
+                own = Input(f"noise_{role}", "btd" if spec.vector else f"bth{channels}")
                 wide = torch.float64 if case.dtype == torch.float64 else torch.float32
                 changed[role], noise = expr * own, 1 + share(value, wide)
                 noise = noise if own.axes != "bth" else noise[..., 0]

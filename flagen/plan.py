@@ -14,6 +14,7 @@ from .analysis import Analysis
 from .errors import PlanError
 from .expr import Expr, Input, Number
 from .functions import triton_text
+from .plan_kernels import kernels_of
 from .plan_parts import Gradient, Held, Kernel, Role, TensorArg, Term, block_name, block_text, held, leaves, row_text
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class Plan:
     @cached_property
     def given(self) -> tuple[TensorArg, ...]:
         """Those that a call has: the inputs and the host constants."""
-        constants = tuple(TensorArg(one.name, one.axes, True, "") for one, _ in self.analysis.constants)
+        # those of a vector state have no head to depend on
+        axes = "" if self.vector else "h"
+        constants = tuple(TensorArg(one.name, axes, True, "") for one, _ in self.analysis.constants)
         return tuple(TensorArg(one.name, one.axes, False, self._cast(one)) for one in self.analysis.inputs) + constants
 
     @cached_property
@@ -121,6 +124,10 @@ class Plan:
         return self.exclusive or self.decay == "key"
 
     @property
+    def vector(self) -> bool:
+        return self.analysis.vector
+
+    @property
     def complex(self) -> bool:
         return self.analysis.is_complex
 
@@ -157,7 +164,7 @@ class Plan:
     @property
     def range_sums(self) -> bool:
         """Whether sums over the steps between two rows are taken by products."""
-        return self.tree or self.complex or self.decay == "scalar"
+        return not self.vector and (self.tree or self.complex or self.decay == "scalar")
 
     @property
     def read_op(self) -> str:
@@ -226,6 +233,8 @@ class Plan:
 
     def _role_block(self, role: str) -> tuple[str, bool]:
         """The channel axis and whether there is a time axis of the block in which a role is evaluated."""
+        if self.vector:
+            return "d", True
         if role == "log_decay":
             return self.channel_decay, self.decay != "constant"
         return ROLE_CHANNEL[role], True
@@ -276,6 +285,11 @@ class Plan:
             if terms:
                 found.append(Gradient(x.tensor, terms))
         return tuple(found)
+
+    @property
+    def text_size(self) -> int:
+        """Characters of the gradients' texts: what is written out again for each token of a vector state's row."""
+        return sum(len(term.text) for one in self.gradients for term in one.terms)
 
     @cached_property
     def fixed_gradients(self) -> tuple[Gradient, ...]:
@@ -334,48 +348,8 @@ class Plan:
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        names = tuple(one.name for one in self.inputs)
-        state = ("S", "z") if self.normalized else ("S",)
-        held = (*state, "m") if self.stabilized else state
-        keys = tuple(one.name for one in self.state_tensors if not one.is_constant)
-        queries = tuple(one.name for one in self.adjoint_tensors if not one.is_constant)
-        return (
-            *((self.held.kernel(self.name),) if self.stabilized else ()),
-            Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=names, writes=("o", *state),
-                   when="always"),
-            Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=keys, writes=state,
-                   when="the sequence is cut into pieces: their end states, from zero"),
-            Kernel(name=f"{self.name}_scan_kernel", direction="either", reads=state, writes=state,
-                   when="the sequence is cut into pieces: their true first states"),
-            Kernel(name=f"{self.name}_bwd_state_kernel", direction="backward", reads=(*queries, "do"),
-                   writes=tuple(f"d{x}" for x in state), when="the backward is cut into pieces"),
-            *self._backward_kernels,
-            Kernel(name=f"{self.name}_step_kernel", direction="one token", reads=(*names, *held), writes=("o", *held),
-                   when="decode"),
-        )  # fmt: skip
-
-    @property
-    def _backward_kernels(self) -> tuple[Kernel, ...]:
-        names = tuple(one.name for one in self.inputs)
-        state = ("S", "z") if self.normalized else ("S",)
-        if not self.sweeps:
-            whole = Kernel(name=f"{self.name}_bwd_kernel", direction="backward", reads=(*names, "do", *state),
-                           writes=tuple(f"d{name}" for name in names), when="a gradient is asked for")  # fmt: skip
-            return (whole,)
-        found = []
-        for kernel, direction, roles in (
-            ("dq", "forward", ("query", "bonus")), ("dk", "backward", ("key",)), ("dv", "backward", ("value",)),
-            ("dg", "either", ("log_decay", "gate")),
-        ):  # fmt: skip
-            writes = tuple(f"d{x.name}" for x in self.gradients_of(*roles))
-            if not writes:
-                continue
-            gates = tuple(x.name for x in self.tensors_of(*roles))
-            reads = gates if kernel == "dg" else (*names, "do", *state)
-            when = f"a gradient of what {' or '.join(roles)} uses is asked for"
-            found.append(Kernel(name=f"{self.name}_{kernel}_kernel", direction=direction, reads=reads, writes=writes,
-                                when=when))  # fmt: skip
-        return tuple(found)
+        """What is launched for a call, in order."""
+        return kernels_of(self)
 
     def __str__(self) -> str:
         lines = [f"plan of {self.name}", f"  decay: {self.decay}", f"  state: {' + '.join(self.state_names)}"]

@@ -35,8 +35,8 @@ class TensorArg:
 
     @property
     def channel(self) -> str:
-        """'k', 'v' or ''"""
-        return "k" if "k" in self.axes else "v" if "v" in self.axes else ""
+        """'k', 'v', 'd' or ''"""
+        return next((axis for axis in "kvd" if axis in self.axes), "")
 
     @property
     def strided(self) -> str:
@@ -50,6 +50,11 @@ class TensorArg:
     @property
     def block(self) -> str:
         return block_name(self.name)
+
+    @property
+    def rows(self) -> str:
+        """What comes after bs and bn in the names of the tuples of a vector state's blocks."""
+        return self.block[1:]
 
     @property
     def shape(self) -> str:
@@ -144,7 +149,8 @@ OWN_BLOCKS = frozenset(
     query key value ld turn angle h hi hr z ch chi cz er dnd dh dhi dhr dz A dA D s c ct n dn o do dod d dd ds own
     fk fq kd qd vd en ek eq cn sn ck sk cr sr cl sl qc qs kc ks x xl xq xk xqi xki y yl yqi yki all weight first second
     k1 k2 q1 q2 tree gt at dquery dkey dvalue dlog_decay dphase dbonus dfq dfk dvi dqr dqi dkr dki dqc dqs dkc dks sum
-    part pick picked f yq m fall gate before lg dgate top
+    part pick picked f yq m fall gate before lg dgate top Ai Ab Abi ci cb cbi si ei back backi
+    after afteri gti dsi
     """.split()  # noqa: SIM905
 )
 
@@ -163,7 +169,7 @@ def block_text(leaf: Expr, time: bool, channel: str, *, turned: bool = False) ->
     are rows."""
     assert isinstance(leaf, Leaf) and not isinstance(leaf, Index), "indices are constants by now"
     name = block_name(leaf.name)
-    has_time, has_channel = "t" in leaf.axes, "k" in leaf.axes or "v" in leaf.axes
+    has_time, has_channel = "t" in leaf.axes, bool(set("kvd") & set(leaf.axes))
     if not (time and channel) or (has_time and has_channel):
         return name
     if turned and channel == "k":

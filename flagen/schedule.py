@@ -35,6 +35,10 @@ class Shape(NamedTuple):
     def dense(cls, B: int, T: int, H: int, K: int, V: int) -> Shape:
         return cls(B, T, H, K, V, B)
 
+    def of_vector(self) -> Shape:
+        """As kernels of a vector state count: all heads' value channels are those of one head, whose state is a row."""
+        return self._replace(H=1, K=1, V=self.H * self.V)
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 SOURCES = ("schedule.py", "triton_backend.py")
+VECTOR_SOURCES = ("schedule_vector.py", "triton_vector.py")  # beside these, where the state is a vector
 # where torch has no function of the same arguments
 TORCH_TEXT = {
     "softplus": "torch.logaddexp({0}, torch.zeros((), dtype=torch.float64))",
@@ -44,6 +45,9 @@ class Standalone:
 def make_standalone(plan: Plan, kernels: str) -> Standalone:
     """kernels: the text of the plan's module, which has names of its own."""
     schedule, backend = (_definitions(name) for name in SOURCES)
+    if plan.vector:
+        more = [_definitions(name) for name in VECTOR_SOURCES]
+        schedule, backend = f"{schedule}\n\n\n{more[0]}", f"{backend}\n\n\n{more[1]}"
     backend = f"{_definitions('torch_backend.py', 'Forward')}\n\n\n{backend}"
     taken = {
         node.name for node in ast.walk(ast.parse("\n".join((kernels, schedule, backend)))) if hasattr(node, "name")

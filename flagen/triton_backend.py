@@ -368,7 +368,7 @@ class TritonBackend:
 
     def _reduced(self, d: Tensor, x: Tensor, axes: str, sizes: Shape, cu_seqlens: Tensor | None, L: int) -> Tensor:
         """A kernel's gradient [parts?, B, T, H, C?] or [parts?, pieces, H, C?] summed into the shape of the input x."""
-        full = 2 + ("t" in axes) + ("k" in axes or "v" in axes)
+        full = 2 + ("t" in axes) + any(channel in axes for channel in "kvd")
         if d.dim() > full:
             # one part for each block of V
             d = d.sum(0) if d.shape[0] > 1 else d[0]

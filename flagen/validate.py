@@ -49,7 +49,7 @@ _KERNEL_NAMES = """
     sizes pieces monomials num_warps num_stages is_first is_last n_c n_p n_s n_t locate sum_steps sum_rows plus
     select scatter tree_level tree_scores tree_apply tree_apply_complex device float64 qdq kdk hdh parts count
     alone need_decay adjoints shape block pair_scores peak rise peaks m m0 mt through
-    last falls tops into rises passes
+    last falls tops into rises passes compose read_rows dense
 """
 KERNEL_NAMES = frozenset(_KERNEL_NAMES.split())
 AXES_OF = dict.fromkeys(("query", "key", "phase", "bonus", "erase_a", "erase_b"), "bthk") | {"value": "bthv"}
@@ -102,7 +102,7 @@ def check_argument_name(spec: str, name: str) -> None:
 
 def _is_taken(name: str) -> bool:
     """Whether generated text has the name, or names made like it."""
-    made = re.match(r"([bpiom]|G)_|(c|unit)\d+\Z", name) or re.search(r"_(s[bthp]|kernel)$", name)
+    made = re.match(r"(b[ns]?|[piom]|G)_|(c|unit)\d+\Z", name) or re.search(r"_(s[bthp]|kernel)$", name)
     return bool(made) or name in KERNEL_NAMES
 
 

@@ -25,6 +25,7 @@ from flagen.expr import (
     sigmoid,
     silu,
     softplus,
+    sqrt,
     tanh,
     v,
 )
@@ -115,9 +116,26 @@ def _erasing() -> list[Spec]:
     ]
 
 
+def _vectors() -> list[Spec]:
+    x, g, gate, theta = (Input(name, "b t d") for name in ("x", "g", "gate", "theta"))
+    qd, kd, vd = (Input(name, "b t d") for name in "qkv")
+    lam, per, pace = Input("lam", "d"), Input("per", "b d"), Input("pace", "b t")
+    decay = -softplus(lam) * sigmoid(gate)
+    return [
+        Spec("sums", value=x),
+        Spec("turned", value=x * per, phase=theta * 2),
+        Spec("real_gated", query=qd * lam, value=x * sqrt(1 - exp(2 * decay)), log_decay=decay),
+        Spec("fixed", value=x, log_decay=-exp(lam) * Scalar("layer")),
+        Spec("shared_vector", query=sigmoid(g), key=kd, value=vd * g, log_decay=logsigmoid(g + pace), phase=per),
+    ]
+
+
 EVERY_SHIPPED = [specs.get(name) for name in specs.names()]
-SHIPPED = [spec for spec in EVERY_SHIPPED if not analyse(spec).without_kernels]
+# those with kernels, of matrix states and of vector states
+SHIPPED = [spec for spec in EVERY_SHIPPED if not analyse(spec).without_kernels and not spec.vector]
+SHIPPED_VECTORS = [spec for spec in EVERY_SHIPPED if spec.vector]
 ALL = SHIPPED + _combinations()
+VECTORS = SHIPPED_VECTORS + _vectors()
 # what the torch backend alone runs
 WITHOUT_KERNELS = [spec for spec in EVERY_SHIPPED if spec not in SHIPPED and not spec.vector] + _erasing()
 
@@ -128,6 +146,7 @@ def make(spec, batch, time, heads_, key, value, *, sequences=None, groups=None, 
     found = []
     for one in spec.inputs:
         sizes = {"b": batch, "t": time, "h": (groups or {}).get(one.name, heads_), "k": key, "v": value}
+        sizes["d"] = heads_ * value
         if "t" not in one.axes and sequences is not None:
             sizes["b"] = sequences
         x = torch.randn([sizes[axis] for axis in one.axes], generator=generator, dtype=torch.float64)
@@ -147,6 +166,8 @@ def make_states(spec, rows, heads_, key, value, seed=1):
     generator = torch.Generator().manual_seed(seed)
     features = count(key, spec.taylor) if spec.taylor else key
     kind = torch.complex128 if spec.phase is not None else torch.float64
+    if spec.vector:
+        return (torch.randn(rows, heads_ * value, generator=generator, dtype=kind),)
     state = torch.randn(rows, heads_, features, value, generator=generator, dtype=kind)
     sums = torch.rand(rows, heads_, features, generator=generator, dtype=torch.float64)
     return (state, sums, torch.randn(rows, heads_, generator=generator, dtype=torch.float64))[: spec.state_parts]

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import SHIPPED
+from cases import SHIPPED, SHIPPED_VECTORS
 
 from flagen import cli_regen
 
-NAMES = [spec.name for spec in SHIPPED]  # those that have kernels
+NAMES = [spec.name for spec in SHIPPED + SHIPPED_VECTORS]  # those that have kernels
 GENERATED = Path(__file__).parent.parent / "generated"
 
 

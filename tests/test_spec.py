@@ -78,6 +78,7 @@ def test_names_of_arguments_in_order():
         "gateloop_elementwise": ["q", "k", "v", "g", "theta"],
         "min_gru": ["x", "gate"],
         "mlstm": ["q", "k", "v", "ig", "fg"],
+        "rg_lru": ["x", "input_gate", "recurrence_gate", "lam"],
     }
     assert [one.name for one in specs.get("transnormer").scalars] == ["layer", "layers"]
     assert [specs.get(name).scale for name in ("gla", "rwkv6", "mamba2", "gateloop")] == [None, 1, 1, 1]

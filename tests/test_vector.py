@@ -7,25 +7,21 @@ import math
 
 import pytest
 import torch
-from cases import error, extreme
+from cases import VECTORS, error, extreme
 
 import flagen
 from flagen import reference, specs
 from flagen.analysis import analyse, derivative_texts, restored
-from flagen.errors import PlanError, SpecError
+from flagen.errors import SpecError
 from flagen.expr import (
     Input,
-    Scalar,
     exp,
     head,
     l2norm,
     log,
-    logsigmoid,
     maximum,
     q,
-    sigmoid,
     softplus,
-    sqrt,
     taylor,
 )
 from flagen.spec import Spec
@@ -35,17 +31,8 @@ from flagen.torch_vector import VectorBackend, scan
 x, g, gate, theta = (Input(name, "b t d") for name in ("x", "g", "gate", "theta"))
 qd, kd, vd = (Input(name, "b t d") for name in "qkv")
 lam, per, pace = Input("lam", "d"), Input("per", "b d"), Input("pace", "b t")
-SCALARS = {"rate": 0.3}
-decay = -softplus(lam) * sigmoid(gate)
-SPECS = [
-    *(specs.get(name) for name in specs.names() if specs.get(name).vector),
-    Spec("sums", value=x),
-    Spec("turned", value=x * per, phase=theta * 2),
-    Spec("real_gated", query=qd * lam, value=x * sqrt(1 - exp(2 * decay)), log_decay=decay),
-    Spec("fixed", value=x, log_decay=-exp(lam) * Scalar("rate")),
-    Spec("shared", query=sigmoid(g), key=kd, value=vd * g, log_decay=logsigmoid(g + pace), phase=per),
-]
-EVERY = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+SCALARS = {"layer": 0.3}
+EVERY = pytest.mark.parametrize("spec", VECTORS, ids=lambda spec: spec.name)
 
 
 def drawn(spec, batch=2, time=6, channels=5, sequences=None, seed=0):
@@ -92,7 +79,7 @@ def test_specs_travel(spec):
     analysis = analyse(spec)
     assert restored(spec, json.loads(json.dumps(derivative_texts(analysis)))) == analysis
     assert analysis.vector and analysis.decay == ("none" if spec.log_decay is None else "scalar")
-    assert analysis.without_kernels == "there are no Triton kernels for a vector state yet"
+    assert not analysis.without_kernels
 
 
 def test_a_matrix_state_is_none():
@@ -195,7 +182,7 @@ def test_the_scan_is_the_recurrence(tokens):
 
 
 def constants_of(analysis, channels):
-    return tuple(torch.full((channels,), SCALARS["rate"], dtype=torch.float64) for _ in analysis.constants)
+    return tuple(torch.full((channels,), SCALARS["layer"], dtype=torch.float64) for _ in analysis.constants)
 
 
 def compared(spec, inputs, *, limits=None, dtype=torch.float64, needs=None, channels=5):
@@ -298,8 +285,7 @@ def test_a_later_token_changes_no_bit_of_an_earlier_output():
 @EVERY
 def test_check(spec):
     op = flagen.compile(spec)
-    assert op.plan is None
-    assert op.source.startswith(f"# {spec.name}: there are no Triton kernels for a vector state yet")
+    assert op.plan.vector
     scalars = SCALARS if spec.scalars else None
     check(op, T=37, H=1, V=6, device="cpu", dtype=torch.bfloat16, scalars=scalars)
     check(op, T=44, H=2, V=3, device="cpu", cu_seqlens=[0, 3, 3, 40], scalars=scalars, layout="sliced")
@@ -330,8 +316,6 @@ def test_wrong_calls():
         op.step(y, y, state=torch.zeros(2, 3))
     with pytest.raises(ValueError, match="initial_state must be one tensor of shape"):
         run(specs.get("hgrn"), (y, y), initial_state=torch.zeros(2, 4))
-    with pytest.raises(PlanError, match="hgrn: there are no Triton kernels for a vector state yet; compile it"):
-        flagen.compile("hgrn", backend="triton")
 
 
 def test_what_help_shows():

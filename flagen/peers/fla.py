@@ -100,6 +100,17 @@ def _own_key(shape: Shape, dtype: torch.dtype, device: str) -> Any:
     return (q, v, g), lambda: _first(ops.chunk_gla(q, (1 - g.float().exp()).to(q.dtype), v, g))
 
 
+def _channelwise(name: str) -> Callable[..., Any]:
+    """For a vector state: a head's value channels are channels of it."""
+
+    def make(shape: Shape, dtype: torch.dtype, device: str) -> Any:
+        x = _Inputs(shape._replace(K=shape.V), dtype, device)
+        given = tuple(one.detach().flatten(2).requires_grad_() for one in (x.normal(shape.V), x.gate(1.0)))
+        return given, lambda: _first(getattr(ops, name)(*given))
+
+    return make
+
+
 _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "retnet": {"chunk_retention": _call("chunk_retention", lambda x: x.qkv())},
     "transnormer": {
@@ -109,6 +120,10 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "mamba2": {"chunk_simple_gla": _call("chunk_simple_gla", lambda x: (*x.qkv(), x.scalar_gate()))},
     "gla": {"chunk_gla": _call("chunk_gla", lambda x: (*x.qkv(), x.gate(16.0)))},
     "hgrn2": {"chunk_gla (key outside)": _own_key},
+    "hgrn": {
+        "chunk_hgrn": _channelwise("chunk_hgrn"),
+        "fused_recurrent_hgrn": _channelwise("fused_recurrent_hgrn"),
+    },
     "rwkv6": {"chunk_rwkv6": _call("chunk_rwkv6", lambda x: (*x.qkv(), x.gate(1.0), x.bonus()))},
     "based": {
         "parallel_based": _parallel("parallel_based"),

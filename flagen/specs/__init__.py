@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _NAMES = (
     "retnet", "transnormer", "gla", "rwkv6", "gateloop", "based", "mamba2", "hgrn2", "linear",
     "delta_net", "gated_delta_net", "kda", "comba", "rwkv7",
-    "hgrn", "gateloop_elementwise", "min_gru",
+    "hgrn", "gateloop_elementwise", "min_gru", "rg_lru",
     "mlstm",
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ from flagen.schedule import Schedule
 from flagen.spec import Spec
 from flagen.testing import SMALL
 from flagen.triton_backend import TritonBackend
+from flagen.triton_vector import VectorTritonBackend
 
 FLOOR = 1e-30  # gradients below, as behind a decay of exp(-100), are as good as zero
 
@@ -48,7 +49,10 @@ def backend_of(
     spec: Spec, *, chunk: int | None = 16, checkpoint: int = 32, patch: Callable[[Schedule], Schedule] | None = None
 ) -> TritonBackend:
     """A backend with small chunks and spans, so that short sequences have several; patch: changes its schedules."""
-    found = TritonBackend(*generated(spec), chunk, None, checkpoint)
+    if spec.vector:
+        found: TritonBackend = VectorTritonBackend(*generated(spec), checkpoint)
+    else:
+        found = TritonBackend(*generated(spec), chunk, None, checkpoint)
     if patch is not None:
         decided = found.schedule
         found.schedule = lambda inputs, sizes: patch(decided(inputs, sizes))  # type: ignore[method-assign]
@@ -134,7 +138,7 @@ def compare(
     # as in flagen.testing: a gate's gradient is a difference of larger terms
     size = SMALL * float((o.double() * do.double()).square().sum(-1).mean().sqrt())
     for one, x, y, given_ in zip(spec.inputs, got, gradients[: len(inputs)], inputs, strict=True):
-        how = {"channels": one.axes[-1] in "kv", "floor": size if one in gates_of(spec) else FLOOR}
+        how = {"channels": one.axes[-1] in "kvd", "floor": size if one in gates_of(spec) else FLOOR}
         rows.append(row(f"d {one.name}", x, y, limit_of(dtype, kind_of(spec, one)), dtype=given_.dtype, **how))
     for i, (x, y) in enumerate(zip(got_initial, gradients[len(inputs) :], strict=True)):
         rows.append(row(f"d initial {i}", x, y, limit_of(dtype, "gate" if i else "gradient"), floor=FLOOR))

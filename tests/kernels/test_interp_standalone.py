@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from cases import ALL, SCALARS, SHIPPED, expected, make, make_states
+from cases import ALL, SCALARS, SHIPPED, VECTORS, expected, make, make_states
 from harness import narrow_states
 
 import flagen
@@ -20,8 +20,11 @@ from flagen.functions import evaluate_host
 from flagen.spec import Spec
 from flagen.standalone import host_text
 
-NAMED = {spec.name: spec for spec in ALL}
-CHOSEN = [*SHIPPED, *(NAMED[name] for name in ("scalar", "taylor_2_row", "row_key", "phase_key_u", "shared"))]
+NAMED = {spec.name: spec for spec in ALL + VECTORS}
+CHOSEN = [
+    *SHIPPED,
+    *(NAMED[name] for name in ("scalar", "taylor_2_row", "row_key", "phase_key_u", "shared", "hgrn", "shared_vector")),
+]
 
 
 @pytest.fixture(scope="module")

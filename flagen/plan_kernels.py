@@ -1,0 +1,77 @@
+"""The kernels of a plan, for people: what they read and write, and when they are launched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .plan_parts import Kernel
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
+    """What is launched for a call, in order."""
+    if plan.vector:
+        return _of_vector(plan)
+    names = tuple(one.name for one in plan.inputs)
+    state = ("S", "z") if plan.normalized else ("S",)
+    held = (*state, "m") if plan.stabilized else state
+    keys = tuple(one.name for one in plan.state_tensors if not one.is_constant)
+    queries = tuple(one.name for one in plan.adjoint_tensors if not one.is_constant)
+    return (
+        *((plan.held.kernel(plan.name),) if plan.stabilized else ()),
+        Kernel(name=f"{plan.name}_fwd_kernel", direction="forward", reads=names, writes=("o", *state),
+               when="always"),
+        Kernel(name=f"{plan.name}_fwd_kernel", direction="forward", reads=keys, writes=state,
+               when="the sequence is cut into pieces: their end states, from zero"),
+        Kernel(name=f"{plan.name}_scan_kernel", direction="either", reads=state, writes=state,
+               when="the sequence is cut into pieces: their true first states"),
+        Kernel(name=f"{plan.name}_bwd_state_kernel", direction="backward", reads=(*queries, "do"),
+               writes=tuple(f"d{x}" for x in state), when="the backward is cut into pieces"),
+        *_backward(plan),
+        Kernel(name=f"{plan.name}_step_kernel", direction="one token", reads=(*names, *held), writes=("o", *held),
+               when="decode"),
+    )  # fmt: skip
+
+
+def _backward(plan: Plan) -> tuple[Kernel, ...]:
+    names = tuple(one.name for one in plan.inputs)
+    state = ("S", "z") if plan.normalized else ("S",)
+    if not plan.sweeps:
+        whole = Kernel(name=f"{plan.name}_bwd_kernel", direction="backward", reads=(*names, "do", *state),
+                       writes=tuple(f"d{name}" for name in names), when="a gradient is asked for")  # fmt: skip
+        return (whole,)
+    found = []
+    for kernel, direction, roles in (
+        ("dq", "forward", ("query", "bonus")), ("dk", "backward", ("key",)), ("dv", "backward", ("value",)),
+        ("dg", "either", ("log_decay", "gate")),
+    ):  # fmt: skip
+        writes = tuple(f"d{x.name}" for x in plan.gradients_of(*roles))
+        if not writes:
+            continue
+        gates = tuple(x.name for x in plan.tensors_of(*roles))
+        reads = gates if kernel == "dg" else (*names, "do", *state)
+        when = f"a gradient of what {' or '.join(roles)} uses is asked for"
+        found.append(Kernel(name=f"{plan.name}_{kernel}_kernel", direction=direction, reads=reads, writes=writes,
+                            when=when))  # fmt: skip
+    return tuple(found)
+
+
+def _of_vector(plan: Plan) -> tuple[Kernel, ...]:
+    names = tuple(one.name for one in plan.inputs)
+    updates = tuple(one.name for one in plan.state_tensors if not one.is_constant)
+    queries = tuple(one.name for one in plan.adjoint_tensors if not one.is_constant)
+    return (
+        Kernel(name=f"{plan.name}_fwd_kernel", direction="forward", reads=names, writes=("o", "h"), when="always"),
+        Kernel(name=f"{plan.name}_fwd_kernel", direction="forward", reads=updates, writes=("h",),
+               when="the sequence is cut into pieces: their end states, from zero"),
+        Kernel(name=f"{plan.name}_scan_kernel", direction="either", reads=("h",), writes=("h",),
+               when="the sequence is cut into pieces: their true first states"),
+        Kernel(name=f"{plan.name}_bwd_state_kernel", direction="backward", reads=(*queries, "do"), writes=("dh",),
+               when="the backward is cut into pieces"),
+        Kernel(name=f"{plan.name}_bwd_kernel", direction="backward", reads=(*names, "do", "h"),
+               writes=tuple(f"d{name}" for name in names), when="a gradient is asked for"),
+        Kernel(name=f"{plan.name}_step_kernel", direction="one token", reads=(*names, "h"), writes=("o", "h"),
+               when="decode"),
+    )  # fmt: skip
