@@ -6,6 +6,7 @@ where a recording of this thread is on, or only collected.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ def is_kernel(name: str, value: Any) -> bool:
 
 def watched(module: ModuleType) -> Any:
     """A copy of the module's functions, whose kernels are sites; the module stays as it is."""
-    names = dict(vars(module))
+    names = {"__builtins__": builtins, **vars(module)}
     for name, value in vars(module).items():
         if is_kernel(name, value):
             names[name] = _Site(value)

@@ -4,7 +4,6 @@ There is no GPU here: kernels are compiled, and what a launch was given is noted
 
 from __future__ import annotations
 
-import builtins
 import threading
 from types import ModuleType
 
@@ -83,7 +82,7 @@ class Calls:
 
 def module_of() -> ModuleType:
     module = ModuleType("module")
-    module.__dict__.update(torch=torch, __builtins__=builtins)
+    module.torch = torch
     return module
 
 
