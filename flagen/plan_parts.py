@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .analysis import Stabilizer
 from .expr import NORM, Expr, Index, Input, Leaf
 from .functions import triton_text
-from .stabilize import LOWEST, MOST_RISE
+from .stabilize import LOWEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +122,13 @@ class Kernel:
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a stabilised state is held divided by: the log gate that it follows and the log decay that it falls by, as
-    text over blocks [BT], the tensors in them, and the limits of stabilize.py.
+    text over blocks [BT], the tensors in them, and where it begins.
     """
 
     gate: str
     fall: str
     tensors: tuple[TensorArg, ...]
     lowest: float = LOWEST
-    most_rise: float = MOST_RISE
 
     def kernel(self, name: str) -> Kernel:
         """That of the spec of this name."""

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .expr import AXES, exp
 from .functions import evaluate
-from .stabilize import LOWEST, MOST_RISE, PEAK, RISE, gated, scaled_normalizer
+from .stabilize import LOWEST, PEAK, RISE, gated, scaled_normalizer
 
 if TYPE_CHECKING:
     from .expr import Expr
@@ -193,7 +193,7 @@ def _held(
         for t in range(begin, end):
             before, now = now, torch.maximum(now + decay[:, t, :, 0], gate[:, t, :, 0]).clamp(min=LOWEST)
             peaks.append(now)
-            rises.append((now - before).clamp(max=MOST_RISE))
+            rises.append(now - before)
         last.append(now)
     for name, found in ((PEAK.name, peaks), (RISE.name, rises)):
         values[name] = torch.stack(found, 1).unsqueeze(-1) if found else like.new_zeros(shape)

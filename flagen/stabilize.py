@@ -20,8 +20,6 @@ from .expr import NORM, Call, Expr, Input, Number, exp, minimum
 PEAK, RISE = Input("peak", "bth"), Input("rise", "bth")
 # m where there is nothing yet; gates of -inf leave it there
 LOWEST = -1e30
-# rises are cut here: the decay that they leave is zero, and sums over tokens stay exact
-MOST_RISE = 1000.0
 # exp(-m) is cut here: far from the largest number in fp32, where what it divides is below the smallest
 MOST_FLOOR = 80.0
 FLOOR = exp(minimum(-PEAK, MOST_FLOOR))

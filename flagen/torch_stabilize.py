@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .stabilize import LOWEST, MOST_RISE
+from .stabilize import LOWEST
 from .torch_roles import Sizes, Span, environment, evaluated
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def gauges(
         span = Span(None if cu_seqlens is None else row, begin, 1, end - begin, True, True)
         found = _peaks(analysis, inputs, constants, sizes, span, start[own])
         peak[:, begin:end] = found[:, 1:]
-        rise[:, begin:end] = found.diff(dim=1).clamp_(max=MOST_RISE)
+        rise[:, begin:end] = found.diff(dim=1)
         last[own] = found[:, -1]
     return peak, rise, last
 

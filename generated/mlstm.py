@@ -7,9 +7,8 @@ import triton.language as tl
 
 # natural log of a step's decay below which the decay is exactly 0 in fp32
 DECAY_FLOOR = tl.constexpr(-128.0)
-# natural log of the scale of a state that holds nothing yet; by more than MOST_RISE in a step nothing is left of a state
+# natural log of the scale of a state that holds nothing yet
 LOWEST = tl.constexpr(-1e+30)
-MOST_RISE = tl.constexpr(1000.0)
 
 
 @triton.jit
@@ -148,7 +147,7 @@ def mlstm_peak_kernel(
         b_before = tl.where(o_i == 0, b_m, tl.gather(b_peak, tl.maximum(o_i - 1, 0), 0))
         o_row = (i_b * T + o_t) * H + i_h
         tl.store(peak + o_row, b_peak, mask=m_t)
-        tl.store(rise + o_row, tl.minimum(b_peak - b_before, MOST_RISE), mask=m_t)
+        tl.store(rise + o_row, b_peak - b_before, mask=m_t)
         if is_last:
             tl.store(mt + i_nh, last(b_peak, BT))
 
@@ -1409,7 +1408,7 @@ def mlstm_step_kernel(
         b_fg = tl.load(fg + o_t * fg_st, mask=m_t, other=0.0).to(tl.float32)
         # [1]
         b_peak = tl.maximum(tl.maximum(b_before + (tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg)))), b_ig), LOWEST)
-        b_rise = tl.minimum(b_peak - b_before, MOST_RISE)
+        b_rise = b_peak - b_before
         b_key = b_k
         b_key = b_key.to(tl.float32) * tl.exp(b_ig - b_peak)[:, None]
         b_value = b_v
