@@ -100,6 +100,11 @@ class Plan:
         return not self.tree and not self.complex and not self.taylor
 
     @property
+    def tiled(self) -> bool:
+        """Whether the features of a Taylor map of order 2 have kernels of their own, which hold them in tiles."""
+        return self.taylor == 2 and self.decay == "none"
+
+    @property
     def row_decay(self) -> bool:
         """Whether a chunk's decay is one number a token."""
         return self.decay in ("constant", "scalar")
@@ -164,7 +169,9 @@ class Plan:
     @property
     def range_sums(self) -> bool:
         """Whether sums over the steps between two rows are taken by products."""
-        return not self.vector and (self.tree or self.complex or self.decay == "scalar")
+        if self.vector:
+            return False
+        return self.tree or self.complex or self.decay == "scalar" or (self.tiled and self.normalized)
 
     @property
     def read_op(self) -> str:

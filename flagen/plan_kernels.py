@@ -38,15 +38,21 @@ def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
 def _backward(plan: Plan) -> tuple[Kernel, ...]:
     names = tuple(one.name for one in plan.inputs)
     state = ("S", "z") if plan.normalized else ("S",)
-    if not plan.sweeps:
+    if not plan.sweeps and not plan.tiled:
         whole = Kernel(name=f"{plan.name}_bwd_kernel", direction="backward", reads=(*names, "do", *state),
                        writes=tuple(f"d{name}" for name in names), when="a gradient is asked for")  # fmt: skip
         return (whole,)
-    found = []
-    for kernel, direction, roles in (
+    sweeps: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("dq", "forward", ("query", "bonus")), ("dk", "backward", ("key",)), ("dv", "backward", ("value",)),
         ("dg", "either", ("log_decay", "gate")),
-    ):  # fmt: skip
+    )  # fmt: skip
+    found = []
+    if plan.tiled:
+        sweeps = (("dq", "forward", ("query",)), ("dkv", "backward", ("key", "value")))
+        if plan.normalized:
+            found.append(Kernel(name=f"{plan.name}_dn_kernel", direction="either", reads=("do", "o"), writes=("dden",),
+                                when="a gradient is asked for"))  # fmt: skip
+    for kernel, direction, roles in sweeps:
         writes = tuple(f"d{x.name}" for x in plan.gradients_of(*roles))
         if not writes:
             continue

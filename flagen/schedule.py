@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 CHECKPOINT = 256  # tokens between the states that the training forward keeps
+TILES = 3  # of a state over Taylor features of order 2
 STATE_ELEMENTS = 1 << 14  # of a program's block of the state: 64 KiB of registers in fp32
 PRECISIONS = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
 
@@ -113,8 +114,11 @@ def checkpoint_of(plan: Plan) -> int:
     """Tokens between the states that the training forward keeps.
 
     From each of them the gradient of a scalar decay is summed up anew, by token. Errors of such a sum add up in one
-    direction; half as many tokens leave half of them to a gradient that is in turn the sum over all tokens.
+    direction; half as many tokens leave half of them to a gradient that is in turn the sum over all tokens. Taylor
+    features in tiles have no decay, and a state is as large as hundreds of tokens' inputs.
     """
+    if plan.tiled:
+        return CHECKPOINT * 4
     decay = plan.log_decay
     summed = decay and any("t" not in one.axes for one in plan.inputs if one.name in decay.inputs)
     return CHECKPOINT // 2 if plan.sweeps and summed else CHECKPOINT
@@ -143,6 +147,9 @@ def schedule(
     low = dtype == torch.bfloat16
     F = rows_of_state(plan, shape.K)
     BK, BF = block(shape.K, triton), block(F, triton)
+    if plan.tiled:
+        # there is a channel of ones beside the key's; tiles of 16 gave wrong gradients on Hopper
+        BK, BF = max(32, block(shape.K + 1, triton)), max(64, block(-(-F // TILES), triton))
     parts = 2 if plan.complex else 1
     BV = value_block(block(shape.V, triton), BF * parts, STATE_ELEMENTS)
     BT = chunk_size or chunk(plan, BF, low)
@@ -150,8 +157,10 @@ def schedule(
     LC = max(checkpoint or checkpoint_of(plan), BT) // BT * BT
     bwd = tile(BT, BV, BF * BV * parts, 1)
     fwd = bwd
+    if plan.tiled:
+        fwd = bwd = feature_tile(BF, block(shape.V, triton), chunk_size, low)
     # blocks of more than 128 rows and 32 columns gave wrong outputs and bad addresses with Triton 3.6 on Hopper
-    if not plan.tree and BF <= 128:
+    elif not plan.tree and BF <= 128:
         # half a state, and two programs at once on a multiprocessor
         half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
         fwd = tile(BT, half, BF * half * parts, 2 if low else 1)
@@ -166,7 +175,7 @@ def schedule(
         bwd=bwd,
         intra=Tile(BT, 64, 2, 1),
         bwd_intra=Tile(BT, 64, 4, 1),
-        step=Tile(1, max(16, min(BV, 8192 // (BF * parts))), 4, 1),
+        step=Tile(1, max(16, min(BV, 8192 // (block(F, triton) * parts))), 4, 1),
         rows=rows,
         BK=BK,
         BV=whole,
@@ -215,6 +224,13 @@ def sweep_tile(BT: int, widest: int, others: int, low: bool) -> Tile:
     elements = STATE_ELEMENTS // 2 if others <= 128 else STATE_ELEMENTS
     size = value_block(widest, others, elements)
     return tile(BT, size, size * others, 2 if low and others <= 128 else 1)
+
+
+def feature_tile(BF: int, widest: int, chunk_size: int | None, low: bool) -> Tile:
+    """The tile of kernels whose programs hold TILES tiles of BF features of the state, and blocks [BT, BF] of features
+    by the side of them."""
+    BT = chunk_size or max(16, min(64 if low else 32, (1 << 12) // BF))
+    return Tile(BT, value_block(min(64, widest), BF * (TILES + 1), STATE_ELEMENTS), 4, 1)
 
 
 def piece(shape: Shape, programs: int, device: Device, LC: int) -> int:

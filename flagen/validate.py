@@ -48,8 +48,8 @@ _KERNEL_NAMES = """
     triton self i s t like rows chunks make common needs initial final save gradient gradients sums fwd bwd scan
     sizes pieces monomials num_warps num_stages is_first is_last n_c n_p n_s n_t locate sum_steps sum_rows plus
     select scatter tree_level tree_scores tree_apply tree_apply_complex device float64 qdq kdk hdh parts count
-    alone need_decay adjoints shape block pair_scores peak rise peaks m m0 mt through
-    last falls tops into rises passes compose read_rows dense
+    alone need_decay adjoints shape block pair_scores peak rise peaks m m0 mt through last falls tops into rises passes
+    compose read_rows dense dden summed factors load_tile store_tile place load_sums store_sums apart
 """
 KERNEL_NAMES = frozenset(_KERNEL_NAMES.split())
 AXES_OF = dict.fromkeys(("query", "key", "phase", "bonus", "erase_a", "erase_b"), "bthk") | {"value": "bthv"}

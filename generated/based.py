@@ -45,19 +45,85 @@ def plus(b_x, b_y):
 
 
 @triton.jit
-def select(b_x, b_index, K: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Columns b_index [BF] of b_x [BT, BK]; index K stands for the constant 1, -1 for 0. Exact for DOT-valued b_x."""
-    b_pick = (tl.arange(0, BK)[:, None] == b_index[None, :]).to(tl.float32).to(DOT)
-    b_picked = tl.dot(b_x.to(DOT), b_pick, input_precision=PRECISION)
-    return tl.where(b_index[None, :] == K, 1.0, b_picked)
+def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
+    """Sums of the rows of b_x [BT, BC] picked by m_steps [BT, BT], as a product. With bf16 operands b_x is taken in PARTS
+    parts: one is exact where b_x is bf16, two are good to 2^-17, three to 2^-25.
+    """
+    if DOT == tl.bfloat16:
+        b_m = m_steps.to(tl.float32).to(tl.bfloat16)
+        b_part = b_x.to(tl.bfloat16)
+        b_sum = tl.dot(b_m, b_part)
+        for _ in tl.static_range(PARTS - 1):
+            b_x = b_x - b_part.to(tl.float32)
+            b_part = b_x.to(tl.bfloat16)
+            b_sum = tl.dot(b_m, b_part, b_sum)
+        return b_sum
+    return tl.dot(m_steps.to(tl.float32), b_x, input_precision=SUM_PRECISION)
 
 
 @triton.jit
-def scatter(b_x, b_index, K: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """The transpose of select: columns of b_x [BT, BF] added up into [BT, BK]."""
-    o_k = tl.arange(0, BK)[None, :]
-    b_pick = ((b_index[:, None] == o_k) & (o_k < K)).to(tl.float32).to(DOT)
-    return tl.dot(b_x.to(DOT), b_pick, input_precision=PRECISION)
+def factors(monomial, i_f, K: tl.constexpr, F: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr):
+    """Which channels [BK, BF] are the first and the second factor of the monomials from i_f on, as zeros and ones for products;
+    last the first with a half where both are the same channel."""
+    o_k = tl.arange(0, BK)
+    o_f = i_f + tl.arange(0, BF)
+    m_f = o_f < F
+    b_first = tl.load(monomial + o_f, mask=m_f, other=-1)
+    b_second = tl.load(monomial + F + o_f, mask=m_f, other=-1)
+    b_part = tl.where((b_first == b_second) & (b_first < K), 0.5, 1.0)
+    m_first = o_k[:, None] == b_first[None, :]
+    b_pick = tl.where(m_first, 1.0, 0.0)
+    b_with = tl.where(o_k[:, None] == b_second[None, :], 1.0, 0.0)
+    return b_pick.to(DOT), b_with.to(DOT), (b_pick * b_part[None, :]).to(DOT)
+
+
+@triton.jit
+def load_tile(p_h, i_f, o_v, V: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
+    """Rows i_f to i_f + BF of a state [F, V], turned: [BV, BF], in fp32."""
+    o_f = i_f + tl.arange(0, BF)
+    m_vf = (o_v < V)[:, None] & (o_f < F)[None, :]
+    return tl.load(p_h + (o_f[None, :] * V + o_v[:, None]), mask=m_vf, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(p_h, b_h, i_f, o_v, V: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
+    """The reverse."""
+    o_f = i_f + tl.arange(0, BF)
+    m_vf = (o_v < V)[:, None] & (o_f < F)[None, :]
+    tl.store(p_h + (o_f[None, :] * V + o_v[:, None]), b_h.to(p_h.dtype.element_ty), mask=m_vf)
+
+
+@triton.jit
+def place(K: tl.constexpr, BK: tl.constexpr):
+    """Where the sum of the product of two channels [BK, BK] lies among F; the channel K is the one."""
+    o_k = tl.arange(0, BK)
+    o_lo = tl.minimum(o_k[:, None], o_k[None, :])
+    o_hi = tl.maximum(o_k[:, None], o_k[None, :])
+    o_pair = 1 + K + o_lo * K - o_lo * (o_lo - 1) // 2 + (o_hi - o_lo)
+    return tl.where(o_lo == K, 0, tl.where(o_hi == K, 1 + o_lo, o_pair))
+
+
+@triton.jit
+def load_sums(p_z, K: tl.constexpr, BK: tl.constexpr):
+    """Sums [F] as a symmetric matrix [BK, BK]."""
+    o_k = tl.arange(0, BK)
+    m_z = (o_k <= K)[:, None] & (o_k <= K)[None, :]
+    return tl.load(p_z + place(K, BK), mask=m_z, other=0.0)
+
+
+@triton.jit
+def store_sums(p_z, b_z, K: tl.constexpr, BK: tl.constexpr):
+    """The reverse."""
+    o_k = tl.arange(0, BK)
+    m_z = (o_k[:, None] <= o_k[None, :]) & (o_k <= K)[None, :]
+    tl.store(p_z + place(K, BK), b_z, mask=m_z)
+
+
+@triton.jit
+def apart(K: tl.constexpr, BK: tl.constexpr):
+    """What of the gradient of a sum is one of its two entries in a symmetric matrix: a half, but for squares."""
+    o_k = tl.arange(0, BK)
+    return tl.where((o_k[:, None] == o_k[None, :]) & (o_k < K)[:, None], 1.0, 0.5)
 
 
 # A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
@@ -74,10 +140,10 @@ def based_fwd_kernel(
     z0,
     zt,
     zc,
-    monomial,
     h0,
     ht,
     hc,
+    monomial,
     cu_seqlens,
     scale,
     q_sb,
@@ -135,26 +201,362 @@ def based_fwd_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    o_f = tl.arange(0, BF)
-    m_f = o_f < F
-    # [BF]: the two factors of each feature, K for the constant 1, and the weight of the query's feature
-    b_first = tl.load(monomial + o_f, mask=m_f, other=-1)
-    b_second = tl.load(monomial + F + o_f, mask=m_f, other=-1)
-    b_weight = tl.where(b_first < K, scale, 1.0) * tl.where(b_second < K, scale, 1.0)
-    b_weight = tl.where((b_first == b_second) & (b_first < K), 0.5, 1.0) * b_weight
-    m_fv = m_f[:, None] & m_v[None, :]
-
-    # [BF, BV]
-    b_h = tl.zeros([BF, BV], dtype=tl.float32)
-    b_z = tl.zeros([BF], dtype=tl.float32)
+    # the matrices stay in shared memory, unless they are too many for it
+    HELD: tl.constexpr = BK * BF <= (4096 if DOT == tl.bfloat16 else 2048)
+    if HELD:
+        # [BK, BF]
+        b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
+        b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
+        b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
+    # [BV, BF]
+    b_h0 = tl.zeros([BV, BF], dtype=tl.float32)
+    b_h1 = tl.zeros([BV, BF], dtype=tl.float32)
+    b_h2 = tl.zeros([BV, BF], dtype=tl.float32)
+    # [BK, BK]: sums of products of two channels
+    b_z = tl.zeros([BK, BK], dtype=tl.float32)
+    # half of the number of tokens before, for the series is (1 + (1 + s)^2) / 2
+    b_count = 0.0
     if h0 is not None:
         i_s = i_ph if PIECES else i_nh
-        p_h0 = h0 + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-        b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
-        b_z = tl.load(z0 + i_s * F + o_f, mask=m_f, other=0.0)
+        b_h0 = load_tile(h0 + i_s * (F * V), 0 * BF, o_v, V, F, BF)
+        b_h1 = load_tile(h0 + i_s * (F * V), 1 * BF, o_v, V, F, BF)
+        b_h2 = load_tile(h0 + i_s * (F * V), 2 * BF, o_v, V, F, BF)
+        b_z = load_sums(z0 + i_s * F, K, BK)
+        b_count = 0.5 * tl.load(z0 + i_s * F)
 
-    # [BT, BT]
-    b_D = tl.where(o_i[:, None] >= o_i[None, :], 1.0, 0.0)
+
+    for i_l in range(i_start // LC, tl.cdiv(i_end, LC)):
+        i_first = tl.maximum(i_l * LC, i_start) // BT
+        if hc is not None:
+            i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+            store_tile(hc + i_s * (F * V), b_h0, 0 * BF, o_v, V, F, BF)
+            store_tile(hc + i_s * (F * V), b_h1, 1 * BF, o_v, V, F, BF)
+            store_tile(hc + i_s * (F * V), b_h2, 2 * BF, o_v, V, F, BF)
+            if i_v == 0:
+                store_sums(zc + i_s * F, b_z, K, BK)
+        for i_c in range(i_first, tl.cdiv(tl.minimum(i_end, i_l * LC + LC), BT)):
+            i_t = i_c * BT
+            i_lo = tl.maximum(i_start - i_t, 0)
+            n_t = tl.minimum(i_end - i_t, BT) - i_lo
+            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+            i_t = i_t.to(tl.int64)
+            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+            o_t = i_t + o_i
+            o_row = (i_b * T + o_t) * H + i_h
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
+            # [BT, BK]
+            p_x = q + o_t[:, None] * q_st + o_k[None, :]
+            b_q = tl.load(p_x, mask=m_tk, other=0.0)
+            # [BT, BK]
+            p_x = k + o_t[:, None] * k_st + o_k[None, :]
+            b_k = tl.load(p_x, mask=m_tk, other=0.0)
+            # [BT, BV]
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0)
+            b_key = b_k
+            b_value = b_v
+            m_one = m_t[:, None] & (o_k == K)[None, :]
+            b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
+            if o is not None:
+                b_query = b_q
+                m_one = m_t[:, None] & (o_k == K)[None, :]
+                b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale)
+                # [BT, BT]: 1 + s, of which the series is half the square and a half
+                b_s = tl.dot(b_q1.to(DOT), tl.trans(b_k1), input_precision=PRECISION)
+                b_A = tl.where((o_i[:, None] >= o_i[None, :]) & m_t[None, :], 0.5 * b_s * b_s + 0.5, 0.0)
+                # [BT, BV]
+                b_o = tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION)
+                b_zq = sum_steps(b_q1, b_z, 2, DOT, SUM_PRECISION)
+                # [BT]
+                b_n = 0.5 * tl.sum(b_zq * b_q1, 1) + tl.sum(b_A, 1) + b_count
+                if den is not None:
+                    if i_v == 0:
+                        tl.store(den + o_row, b_n, mask=m_t)
+                b_inv = 1.0 / (b_n + 1e-06)
+                b_count += 0.5 * n_t
+                b_q1 = b_q1.to(DOT)
+                if not HELD:
+                    b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
+                b_f = tl.dot(b_q1, b_half0, input_precision=PRECISION) * tl.dot(b_q1, b_with0, input_precision=PRECISION)
+                b_o = tl.dot(b_f.to(DOT), tl.trans(b_h0.to(DOT)), b_o, input_precision=PRECISION)
+                if not HELD:
+                    b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
+                b_f = tl.dot(b_q1, b_half1, input_precision=PRECISION) * tl.dot(b_q1, b_with1, input_precision=PRECISION)
+                b_o = tl.dot(b_f.to(DOT), tl.trans(b_h1.to(DOT)), b_o, input_precision=PRECISION)
+                if not HELD:
+                    b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
+                b_f = tl.dot(b_q1, b_half2, input_precision=PRECISION) * tl.dot(b_q1, b_with2, input_precision=PRECISION)
+                b_o = tl.dot(b_f.to(DOT), tl.trans(b_h2.to(DOT)), b_o, input_precision=PRECISION)
+                b_o *= b_inv[:, None]
+                p_o = o + (o_row[:, None] * V + o_v[None, :])
+                tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
+            b_vt = tl.trans(b_value.to(DOT))
+            if not HELD:
+                b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
+            b_f = tl.dot(b_k1, b_pick0, input_precision=PRECISION) * tl.dot(b_k1, b_with0, input_precision=PRECISION)
+            b_h0 = tl.dot(b_vt, b_f.to(DOT), b_h0, input_precision=PRECISION)
+            if not HELD:
+                b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
+            b_f = tl.dot(b_k1, b_pick1, input_precision=PRECISION) * tl.dot(b_k1, b_with1, input_precision=PRECISION)
+            b_h1 = tl.dot(b_vt, b_f.to(DOT), b_h1, input_precision=PRECISION)
+            if not HELD:
+                b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
+            b_f = tl.dot(b_k1, b_pick2, input_precision=PRECISION) * tl.dot(b_k1, b_with2, input_precision=PRECISION)
+            b_h2 = tl.dot(b_vt, b_f.to(DOT), b_h2, input_precision=PRECISION)
+            b_z = tl.dot(tl.trans(b_k1), b_k1, b_z, input_precision=PRECISION)
+
+    if ht is not None:
+        if PIECES and o is None:
+            store_tile(ht + i_ph * (F * V), b_h0, 0 * BF, o_v, V, F, BF)
+            store_tile(ht + i_ph * (F * V), b_h1, 1 * BF, o_v, V, F, BF)
+            store_tile(ht + i_ph * (F * V), b_h2, 2 * BF, o_v, V, F, BF)
+            if i_v == 0:
+                store_sums(zt + i_ph * F, b_z, K, BK)
+        else:
+            if is_last:
+                store_tile(ht + i_nh * (F * V), b_h0, 0 * BF, o_v, V, F, BF)
+                store_tile(ht + i_nh * (F * V), b_h1, 1 * BF, o_v, V, F, BF)
+                store_tile(ht + i_nh * (F * V), b_h2, 2 * BF, o_v, V, F, BF)
+                if i_v == 0:
+                    store_sums(zt + i_nh * F, b_z, K, BK)
+
+
+# The adjoint of the state at the start of a piece, from zero at its end: the first of two passes over a sequence whose backward
+# is cut into pieces. A program owns a piece, a head and a block of V and goes backward in time.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def based_bwd_state_kernel(
+    q,
+    do,
+    den,
+    dden,
+    dz,
+    dh,
+    monomial,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_q: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+):
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
+    i_p = tl.program_id(0) // NV // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    i_ph = i_p.to(tl.int64) * H + i_h
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+
+    o_i = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    # the matrices stay in shared memory, unless they are too many for it
+    HELD: tl.constexpr = BK * BF <= (4096 if DOT == tl.bfloat16 else 2048)
+    if HELD:
+        # [BK, BF]
+        b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
+        b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
+        b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
+    # [BV, BF]
+    b_dh0 = tl.zeros([BV, BF], dtype=tl.float32)
+    b_dh1 = tl.zeros([BV, BF], dtype=tl.float32)
+    b_dh2 = tl.zeros([BV, BF], dtype=tl.float32)
+    # [BK, BK]: sums of products of two channels
+    b_dz = tl.zeros([BK, BK], dtype=tl.float32)
+
+
+    n_c = tl.cdiv(i_end, BT) - i_start // BT
+    for i in range(n_c):
+        i_c = tl.cdiv(i_end, BT) - 1 - i
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        b_query = b_q
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        # [BT]
+        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
+        b_inv = tl.where(m_t, 1.0 / (b_n + 1e-06), 0.0)
+        b_dn = tl.load(dden + o_row, mask=m_t, other=0.0)
+        m_one = m_t[:, None] & (o_k == K)[None, :]
+        b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale)
+        b_dz = tl.dot(tl.trans((b_q1 * (0.5 * b_dn)[:, None]).to(DOT)), b_q1.to(DOT), b_dz, input_precision=PRECISION)
+        b_qr = (b_q1 * b_inv[:, None]).to(DOT)
+        b_q1 = b_q1.to(DOT)
+        b_dot = tl.trans(b_do.to(DOT))
+        if not HELD:
+            b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
+        b_f = tl.dot(b_qr, b_half0, input_precision=PRECISION) * tl.dot(b_q1, b_with0, input_precision=PRECISION)
+        b_dh0 = tl.dot(b_dot, b_f.to(DOT), b_dh0, input_precision=PRECISION)
+        if not HELD:
+            b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
+        b_f = tl.dot(b_qr, b_half1, input_precision=PRECISION) * tl.dot(b_q1, b_with1, input_precision=PRECISION)
+        b_dh1 = tl.dot(b_dot, b_f.to(DOT), b_dh1, input_precision=PRECISION)
+        if not HELD:
+            b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
+        b_f = tl.dot(b_qr, b_half2, input_precision=PRECISION) * tl.dot(b_q1, b_with2, input_precision=PRECISION)
+        b_dh2 = tl.dot(b_dot, b_f.to(DOT), b_dh2, input_precision=PRECISION)
+
+    store_tile(dh + i_ph * (F * V), b_dh0, 0 * BF, o_v, V, F, BF)
+    store_tile(dh + i_ph * (F * V), b_dh1, 1 * BF, o_v, V, F, BF)
+    store_tile(dh + i_ph * (F * V), b_dh2, 2 * BF, o_v, V, F, BF)
+    if i_v == 0:
+        store_sums(dz + i_ph * F, b_dz / apart(K, BK), K, BK)
+
+
+# The gradient of n [B, T, H], what the numerator is divided by f of. A program owns BT rows.
+@triton.jit
+def based_dn_kernel(
+    do,
+    o,
+    den,
+    dden,
+    do_sb,
+    do_st,
+    do_sh,
+    R,
+    T,
+    H,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+):
+    o_row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    m_t = o_row < R
+    o_v = tl.arange(0, BV)
+    m_tv = m_t[:, None] & (o_v < V)[None, :]
+    o_t = o_row // H
+    p_do = do + (o_t // T * do_sb + o_t % T * do_st + o_row % H * do_sh)[:, None] + o_v[None, :]
+    b_do = tl.load(p_do, mask=m_tv, other=0.0).to(tl.float32)
+    b_o = tl.load(o + o_row[:, None] * V + o_v[None, :], mask=m_tv, other=0.0).to(tl.float32)
+    b_n = tl.load(den + o_row, mask=m_t, other=1.0)
+    b_dn = -tl.sum(b_do * b_o, 1) / (b_n + 1e-06) * (1.0)
+    tl.store(dden + o_row, b_dn, mask=m_t)
+
+
+# Of what queries use, forward in time: a program owns a piece, a head and a block of V, and carries those columns of the state from
+# the checkpoint hc at its start. Gradients of what has no axis v come in parts, one a block, d<x>_sp apart.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def based_dq_kernel(
+    q,
+    k,
+    v,
+    do,
+    den,
+    dden,
+    zc,
+    hc,
+    dq,
+    dq_sp,
+    monomial,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
+    v_sb,
+    v_st,
+    v_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
+    G_v: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+):
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
+    i_p = tl.program_id(0) // NV // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
+
+    o_i = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    # the matrices stay in shared memory, unless they are too many for it
+    HELD: tl.constexpr = BK * BF <= (4096 if DOT == tl.bfloat16 else 2048)
+    if HELD:
+        # [BK, BF]
+        b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
+        b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
+        b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
+    i_t = i_start.to(tl.int64)
+    i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+    b_h0 = load_tile(hc + i_s * (F * V), 0 * BF, o_v, V, F, BF)
+    b_h1 = load_tile(hc + i_s * (F * V), 1 * BF, o_v, V, F, BF)
+    b_h2 = load_tile(hc + i_s * (F * V), 2 * BF, o_v, V, F, BF)
+    b_z = load_sums(zc + i_s * F, K, BK)
 
 
     for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
@@ -168,14 +570,6 @@ def based_fwd_kernel(
         o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        if hc is not None:
-            if (i_t % LC == 0) | (i_t <= i_start):
-                i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
-                if i_v == 0:
-                    tl.store(zc + i_s * F + o_f, b_z, mask=m_f)
-
         # [BT, BK]
         p_x = q + o_t[:, None] * q_st + o_k[None, :]
         b_q = tl.load(p_x, mask=m_tk, other=0.0)
@@ -185,55 +579,293 @@ def based_fwd_kernel(
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
         b_v = tl.load(p_x, mask=m_tv, other=0.0)
+        b_query = b_q
         b_key = b_k
         b_value = b_v
-
-
-        if o is not None:
-            b_query = b_q
-
-            # [BT, BF]
-            b_q1 = select(b_query, b_first, K, BK, DOT, PRECISION)
-            b_q2 = select(b_query, b_second, K, BK, DOT, PRECISION)
-            b_fq = tl.where(m_t[:, None], b_q1 * b_q2 * b_weight[None, :], 0.0)
-            b_qd = b_fq
-            # [BT, BT]
-            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION) * scale
-            b_A = tl.where(m_t[None, :], (1.0 + b_s * (1.0 + 0.5 * b_s)) * b_D, 0.0)
-            # [BT, BV]
-            b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
-            # [BT]
-            b_n = tl.sum(b_qd.to(tl.float32) * b_z[None, :], 1) + tl.sum(b_A, 1)
-            b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
-            if den is not None:
-                if i_v == 0:
-                    tl.store(den + o_row, b_n, mask=m_t)
-            b_o = b_o / (b_n + 1e-06)[:, None]
-            p_o = o + (o_row[:, None] * V + o_v[None, :])
-            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        # [BT]
+        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
+        b_inv = tl.where(m_t, 1.0 / (b_n + 1e-06), 0.0)
+        b_dn = tl.load(dden + o_row, mask=m_t, other=0.0)
+        # [BT, BT]
+        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+        # of n, of which every block knows, one block sees to the gradient
+        b_dn = tl.where(i_v == 0, b_dn, 0.0)
+        b_dA = b_dA * b_inv[:, None] + b_dn[:, None]
+        m_one = m_t[:, None] & (o_k == K)[None, :]
+        b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale)
+        b_q1 = b_q1.to(DOT)
+        m_one = m_t[:, None] & (o_k == K)[None, :]
+        b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
+        b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
+        b_dA = tl.where(o_i[:, None] >= o_i[None, :], b_dA * b_s, 0.0).to(DOT)
+        # [BT, BK]
+        b_dpair = tl.dot(b_dA, b_k1, input_precision=PRECISION)
+        b_dquery = tl.zeros([BT, BK], dtype=tl.float32)
+        if not HELD:
+            b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
         # [BT, BF]
-        b_k1 = select(b_key, b_first, K, BK, DOT, PRECISION)
-        b_k2 = select(b_key, b_second, K, BK, DOT, PRECISION)
-        b_fk = tl.where(m_t[:, None], b_k1 * b_k2, 0.0)
-        b_kd = b_fk
-        b_vd = b_value
-        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
-        b_z = b_z + tl.sum(b_kd.to(tl.float32), 0)
+        b_df = tl.dot(b_do.to(DOT), b_h0.to(DOT), input_precision=PRECISION)
+        b_y = (b_df * tl.dot(b_q1, b_with0, input_precision=PRECISION)).to(DOT)
+        b_dquery = tl.dot(b_y, tl.trans(b_half0), b_dquery, input_precision=PRECISION)
+        b_y = (b_df * tl.dot(b_q1, b_half0, input_precision=PRECISION)).to(DOT)
+        b_dquery = tl.dot(b_y, tl.trans(b_with0), b_dquery, input_precision=PRECISION)
+        if not HELD:
+            b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
+        # [BT, BF]
+        b_df = tl.dot(b_do.to(DOT), b_h1.to(DOT), input_precision=PRECISION)
+        b_y = (b_df * tl.dot(b_q1, b_with1, input_precision=PRECISION)).to(DOT)
+        b_dquery = tl.dot(b_y, tl.trans(b_half1), b_dquery, input_precision=PRECISION)
+        b_y = (b_df * tl.dot(b_q1, b_half1, input_precision=PRECISION)).to(DOT)
+        b_dquery = tl.dot(b_y, tl.trans(b_with1), b_dquery, input_precision=PRECISION)
+        if not HELD:
+            b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
+        # [BT, BF]
+        b_df = tl.dot(b_do.to(DOT), b_h2.to(DOT), input_precision=PRECISION)
+        b_y = (b_df * tl.dot(b_q1, b_with2, input_precision=PRECISION)).to(DOT)
+        b_dquery = tl.dot(b_y, tl.trans(b_half2), b_dquery, input_precision=PRECISION)
+        b_y = (b_df * tl.dot(b_q1, b_half2, input_precision=PRECISION)).to(DOT)
+        b_dquery = tl.dot(b_y, tl.trans(b_with2), b_dquery, input_precision=PRECISION)
+        b_zq = sum_steps(b_q1, b_z, 2, DOT, SUM_PRECISION)
+        b_dquery = b_dquery * b_inv[:, None] + b_zq * b_dn[:, None]
+        b_dquery = tl.where(m_tk, (b_dquery + b_dpair) * scale, 0.0)
+        if dq is not None:
+            b_dq_ = b_dquery
+            p_d = dq + i_v.to(tl.int64) * dq_sp + (o_row[:, None] * K + o_k[None, :])
+            tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+        b_vt = tl.trans(b_value.to(DOT))
+        if not HELD:
+            b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
+        b_f = tl.dot(b_k1, b_pick0, input_precision=PRECISION) * tl.dot(b_k1, b_with0, input_precision=PRECISION)
+        b_h0 = tl.dot(b_vt, b_f.to(DOT), b_h0, input_precision=PRECISION)
+        if not HELD:
+            b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
+        b_f = tl.dot(b_k1, b_pick1, input_precision=PRECISION) * tl.dot(b_k1, b_with1, input_precision=PRECISION)
+        b_h1 = tl.dot(b_vt, b_f.to(DOT), b_h1, input_precision=PRECISION)
+        if not HELD:
+            b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
+        b_f = tl.dot(b_k1, b_pick2, input_precision=PRECISION) * tl.dot(b_k1, b_with2, input_precision=PRECISION)
+        b_h2 = tl.dot(b_vt, b_f.to(DOT), b_h2, input_precision=PRECISION)
+        b_z = tl.dot(tl.trans(b_k1), b_k1, b_z, input_precision=PRECISION)
 
 
-    if ht is not None:
-        if PIECES and o is None:
-            p_ht = ht + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
+# Of what keys and values use, backward in time: a program owns a piece, a head and a block of V, and carries those columns of the
+# state's adjoint. dhp: adjoints at the ends of the pieces.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def based_dkv_kernel(
+    q,
+    k,
+    v,
+    do,
+    den,
+    dden,
+    dzt,
+    dzp,
+    dz0,
+    dht,
+    dhp,
+    dh0,
+    dk,
+    dk_sp,
+    dv,
+    dv_sp,
+    monomial,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
+    v_sb,
+    v_st,
+    v_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
+    G_v: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+):
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
+    i_p = tl.program_id(0) // NV // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    i_ph = i_p.to(tl.int64) * H + i_h
+    i_nh = i_n * H + i_h
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
+
+    o_i = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    # the matrices stay in shared memory, unless they are too many for it
+    HELD: tl.constexpr = BK * BF <= (4096 if DOT == tl.bfloat16 else 2048)
+    if HELD:
+        # [BK, BF]
+        b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
+        b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
+        b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
+    # [BV, BF]
+    b_dh0 = tl.zeros([BV, BF], dtype=tl.float32)
+    b_dh1 = tl.zeros([BV, BF], dtype=tl.float32)
+    b_dh2 = tl.zeros([BV, BF], dtype=tl.float32)
+    # [BK, BK]: sums of products of two channels
+    b_dz = tl.zeros([BK, BK], dtype=tl.float32)
+    if dhp is not None:
+        b_dh0 = load_tile(dhp + i_ph * (F * V), 0 * BF, o_v, V, F, BF)
+        b_dh1 = load_tile(dhp + i_ph * (F * V), 1 * BF, o_v, V, F, BF)
+        b_dh2 = load_tile(dhp + i_ph * (F * V), 2 * BF, o_v, V, F, BF)
+        b_dz = load_sums(dzp + i_ph * F, K, BK) * apart(K, BK)
+    else:
+        if dht is not None:
+            b_dh0 = load_tile(dht + i_nh * (F * V), 0 * BF, o_v, V, F, BF)
+            b_dh1 = load_tile(dht + i_nh * (F * V), 1 * BF, o_v, V, F, BF)
+            b_dh2 = load_tile(dht + i_nh * (F * V), 2 * BF, o_v, V, F, BF)
+            b_dz = load_sums(dzt + i_nh * F, K, BK) * apart(K, BK)
+
+
+    n_c = tl.cdiv(i_end, BT) - i_start // BT
+    for i in range(n_c):
+        i_c = tl.cdiv(i_end, BT) - 1 - i
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BV]
+        p_x = v + o_t[:, None] * v_st + o_v[None, :]
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
+        b_query = b_q
+        b_key = b_k
+        b_value = b_v
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        # [BT]
+        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
+        b_inv = tl.where(m_t, 1.0 / (b_n + 1e-06), 0.0)
+        b_dn = tl.load(dden + o_row, mask=m_t, other=0.0)
+        # [BT, BT], keys as rows
+        m_one = m_t[:, None] & (o_k == K)[None, :]
+        b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale)
+        m_one = m_t[:, None] & (o_k == K)[None, :]
+        b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
+        b_s = tl.dot(b_k1, tl.trans(b_q1.to(DOT)), input_precision=PRECISION)
+        m_pair = o_i[:, None] <= o_i[None, :]
+        b_A = tl.where(m_pair, (0.5 * b_s * b_s + 0.5) * b_inv[None, :], 0.0)
+        # [BT, BV]
+        b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), input_precision=PRECISION)
+        b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
+        # of n, of which every block knows, one block sees to the gradient
+        b_dA = b_dA * b_inv[None, :] + tl.where(i_v == 0, b_dn, 0.0)[None, :]
+        b_dA = tl.where(m_pair, b_dA * b_s, 0.0).to(DOT)
+        # [BT, BK]
+        b_dkey = tl.dot(b_dA, b_q1.to(DOT), input_precision=PRECISION)
+        b_dkey += sum_steps(b_k1, b_dz * tl.where(i_v == 0, 2.0, 0.0), 2, DOT, SUM_PRECISION)
+        if not HELD:
+            b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
+        # [BT, BF]
+        b_first = tl.dot(b_k1, b_pick0, input_precision=PRECISION)
+        b_second = tl.dot(b_k1, b_with0, input_precision=PRECISION)
+        b_dvalue = tl.dot((b_first * b_second).to(DOT), tl.trans(b_dh0.to(DOT)), b_dvalue, input_precision=PRECISION)
+        b_df = tl.dot(b_value.to(DOT), b_dh0.to(DOT), input_precision=PRECISION)
+        b_dkey = tl.dot((b_df * b_second).to(DOT), tl.trans(b_pick0), b_dkey, input_precision=PRECISION)
+        b_dkey = tl.dot((b_df * b_first).to(DOT), tl.trans(b_with0), b_dkey, input_precision=PRECISION)
+        if not HELD:
+            b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
+        # [BT, BF]
+        b_first = tl.dot(b_k1, b_pick1, input_precision=PRECISION)
+        b_second = tl.dot(b_k1, b_with1, input_precision=PRECISION)
+        b_dvalue = tl.dot((b_first * b_second).to(DOT), tl.trans(b_dh1.to(DOT)), b_dvalue, input_precision=PRECISION)
+        b_df = tl.dot(b_value.to(DOT), b_dh1.to(DOT), input_precision=PRECISION)
+        b_dkey = tl.dot((b_df * b_second).to(DOT), tl.trans(b_pick1), b_dkey, input_precision=PRECISION)
+        b_dkey = tl.dot((b_df * b_first).to(DOT), tl.trans(b_with1), b_dkey, input_precision=PRECISION)
+        if not HELD:
+            b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
+        # [BT, BF]
+        b_first = tl.dot(b_k1, b_pick2, input_precision=PRECISION)
+        b_second = tl.dot(b_k1, b_with2, input_precision=PRECISION)
+        b_dvalue = tl.dot((b_first * b_second).to(DOT), tl.trans(b_dh2.to(DOT)), b_dvalue, input_precision=PRECISION)
+        b_df = tl.dot(b_value.to(DOT), b_dh2.to(DOT), input_precision=PRECISION)
+        b_dkey = tl.dot((b_df * b_second).to(DOT), tl.trans(b_pick2), b_dkey, input_precision=PRECISION)
+        b_dkey = tl.dot((b_df * b_first).to(DOT), tl.trans(b_with2), b_dkey, input_precision=PRECISION)
+        b_dkey = tl.where(m_tk, b_dkey, 0.0)
+        if dk is not None:
+            b_dk_ = b_dkey
+            p_d = dk + i_v.to(tl.int64) * dk_sp + (o_row[:, None] * K + o_k[None, :])
+            tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
+        if dv is not None:
+            b_dv_ = b_dvalue
+            p_d = dv + (o_row[:, None] * V + o_v[None, :])
+            tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
+        b_dz = tl.dot(tl.trans((b_q1 * (0.5 * b_dn)[:, None]).to(DOT)), b_q1.to(DOT), b_dz, input_precision=PRECISION)
+        b_qr = (b_q1 * b_inv[:, None]).to(DOT)
+        b_q1 = b_q1.to(DOT)
+        b_dot = tl.trans(b_do.to(DOT))
+        if not HELD:
+            b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
+        b_f = tl.dot(b_qr, b_half0, input_precision=PRECISION) * tl.dot(b_q1, b_with0, input_precision=PRECISION)
+        b_dh0 = tl.dot(b_dot, b_f.to(DOT), b_dh0, input_precision=PRECISION)
+        if not HELD:
+            b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
+        b_f = tl.dot(b_qr, b_half1, input_precision=PRECISION) * tl.dot(b_q1, b_with1, input_precision=PRECISION)
+        b_dh1 = tl.dot(b_dot, b_f.to(DOT), b_dh1, input_precision=PRECISION)
+        if not HELD:
+            b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
+        b_f = tl.dot(b_qr, b_half2, input_precision=PRECISION) * tl.dot(b_q1, b_with2, input_precision=PRECISION)
+        b_dh2 = tl.dot(b_dot, b_f.to(DOT), b_dh2, input_precision=PRECISION)
+
+
+    if dh0 is not None:
+        if is_first:
+            store_tile(dh0 + i_nh * (F * V), b_dh0, 0 * BF, o_v, V, F, BF)
+            store_tile(dh0 + i_nh * (F * V), b_dh1, 1 * BF, o_v, V, F, BF)
+            store_tile(dh0 + i_nh * (F * V), b_dh2, 2 * BF, o_v, V, F, BF)
             if i_v == 0:
-                tl.store(zt + i_ph * F + o_f, b_z, mask=m_f)
-
-        else:
-            if is_last:
-                p_ht = ht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
-                if i_v == 0:
-                    tl.store(zt + i_nh * F + o_f, b_z, mask=m_f)
+                store_sums(dz0 + i_nh * F, b_dz / apart(K, BK), K, BK)
 
 
 # In place, the end states of pieces that each began from zero become the true states that the pieces begin with. REVERSE: the
@@ -300,407 +932,6 @@ def based_scan_kernel(
                 tl.store(p_z, b_z, mask=m_f)
                 b_z += b_own
             z += z_sp
-
-
-# The adjoint of the state at the start of a piece, from zero at its end: the first of two passes over a sequence whose backward
-# is cut into pieces. A program owns a piece, a head and a block of V and goes backward in time.
-@triton.jit(do_not_specialize=["T", "N", "L", "NP"])
-def based_bwd_state_kernel(
-    q,
-    do,
-    o,
-    den,
-    dz,
-    dz_sp,
-    monomial,
-    dh,
-    cu_seqlens,
-    scale,
-    q_sb,
-    q_st,
-    q_sh,
-    do_sb,
-    do_st,
-    do_sh,
-    N,
-    T,
-    H,
-    L,
-    NP,
-    G_q: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    F: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    BF: tl.constexpr,
-    PARTS: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
-):
-    NV: tl.constexpr = (V + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
-    i_p = tl.program_id(0) // NV // H
-    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
-    i_n = i_n.to(tl.int64)
-    i_b = i_n if cu_seqlens is None else i_n * 0
-    # row of the piece, and of the sequence, in tensors with a head axis
-    i_ph = i_p.to(tl.int64) * H + i_h
-    q += i_b * q_sb
-    q += (i_h // G_q) * q_sh
-
-    o_i = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
-    o_v = i_v * BV + tl.arange(0, BV)
-    m_k = o_k < K
-    m_v = o_v < V
-    o_f = tl.arange(0, BF)
-    m_f = o_f < F
-    # [BF]: the two factors of each feature, K for the constant 1, and the weight of the query's feature
-    b_first = tl.load(monomial + o_f, mask=m_f, other=-1)
-    b_second = tl.load(monomial + F + o_f, mask=m_f, other=-1)
-    b_weight = tl.where(b_first < K, scale, 1.0) * tl.where(b_second < K, scale, 1.0)
-    b_weight = tl.where((b_first == b_second) & (b_first < K), 0.5, 1.0) * b_weight
-    m_fv = m_f[:, None] & m_v[None, :]
-
-    # [BF, BV]
-    b_dh = tl.zeros([BF, BV], dtype=tl.float32)
-    b_dz = tl.zeros([BF], dtype=tl.float32)
-
-
-    n_c = tl.cdiv(i_end, BT) - i_start // BT
-    for i in range(n_c):
-        i_c = tl.cdiv(i_end, BT) - 1 - i
-        i_t = i_c * BT
-        i_lo = tl.maximum(i_start - i_t, 0)
-        n_t = tl.minimum(i_end - i_t, BT) - i_lo
-        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-        i_t = i_t.to(tl.int64)
-        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-        o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
-        m_tk = m_t[:, None] & m_k[None, :]
-        m_tv = m_t[:, None] & m_v[None, :]
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        b_query = b_q
-
-
-        # [BT, BF]
-        b_q1 = select(b_query, b_first, K, BK, DOT, PRECISION)
-        b_q2 = select(b_query, b_second, K, BK, DOT, PRECISION)
-        b_fq = tl.where(m_t[:, None], b_q1 * b_q2 * b_weight[None, :], 0.0)
-        b_qd = b_fq
-        # [BT, BV]
-        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-        b_do = tl.load(p_do, mask=m_tv, other=0.0)
-        p_o = o + (o_row[:, None] * V + o_v[None, :])
-        b_o = tl.load(p_o, mask=m_tv, other=0.0).to(tl.float32)
-        # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_do = tl.where(m_tv, b_do.to(tl.float32) / (b_n + 1e-06)[:, None], 0.0)
-        b_dn = -tl.sum(b_do * b_o, 1) * (1.0)
-
-        b_dod = b_do
-        b_dnd = b_dn[:, None]
-        b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
-        b_dz = b_dz + tl.sum(b_qd.to(tl.float32) * b_dnd, 0)
-
-
-    p_dh = dh + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
-    tl.store(p_dh, b_dh.to(dh.dtype.element_ty), mask=m_fv)
-    tl.store(dz + ((i_v.to(tl.int64) * dz_sp) // F + i_ph) * F + o_f, b_dz, mask=m_f)
-
-
-# All gradients, in one sweep backward in time. A program owns a piece, a head and a block of V; it carries the adjoint of the
-# state in registers. At each checkpoint, every LC tokens, it first runs the state forward through the chunks up to the next
-# one and keeps their first states in hs, then takes the chunks in reverse. dhp: adjoints at the ends of the pieces.
-# Gradients are contiguous and fp32 where blocks of V or programs hold parts of them; <x>_sp is the stride between those parts.
-@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
-def based_bwd_kernel(
-    q,
-    k,
-    v,
-    do,
-    o,
-    den,
-    zc,
-    zs,
-    dzt,
-    dz0,
-    dzp,
-    dz0_sp,
-    dzp_sp,
-    monomial,
-    hc,
-    hs,
-    dht,
-    dh0,
-    dhp,
-    dq,
-    dk,
-    dv,
-    cu_seqlens,
-    scale,
-    q_sb,
-    q_st,
-    q_sh,
-    k_sb,
-    k_st,
-    k_sh,
-    v_sb,
-    v_st,
-    v_sh,
-    do_sb,
-    do_st,
-    do_sh,
-    dq_sp,
-    dk_sp,
-    dv_sp,
-    N,
-    T,
-    H,
-    L,
-    NP,
-    NC,
-    G_q: tl.constexpr,
-    G_k: tl.constexpr,
-    G_v: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    F: tl.constexpr,
-    LC: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    BF: tl.constexpr,
-    LEVELS: tl.constexpr,
-    PARTS: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
-    NEED_QUERY: tl.constexpr,
-    NEED_KEY: tl.constexpr,
-    NEED_VALUE: tl.constexpr,
-    NEED_DECAY: tl.constexpr,
-    NEED_PHASE: tl.constexpr,
-    NEED_BONUS: tl.constexpr,
-):
-    NV: tl.constexpr = (V + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
-    i_p = tl.program_id(0) // NV // H
-    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
-    i_n = i_n.to(tl.int64)
-    i_b = i_n if cu_seqlens is None else i_n * 0
-    # row of the piece, and of the sequence, in tensors with a head axis
-    i_ph = i_p.to(tl.int64) * H + i_h
-    i_nh = i_n * H + i_h
-    q += i_b * q_sb
-    q += (i_h // G_q) * q_sh
-    k += i_b * k_sb
-    k += (i_h // G_k) * k_sh
-    v += i_b * v_sb
-    v += (i_h // G_v) * v_sh
-
-    o_i = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
-    o_v = i_v * BV + tl.arange(0, BV)
-    m_k = o_k < K
-    m_v = o_v < V
-    o_f = tl.arange(0, BF)
-    m_f = o_f < F
-    # [BF]: the two factors of each feature, K for the constant 1, and the weight of the query's feature
-    b_first = tl.load(monomial + o_f, mask=m_f, other=-1)
-    b_second = tl.load(monomial + F + o_f, mask=m_f, other=-1)
-    b_weight = tl.where(b_first < K, scale, 1.0) * tl.where(b_second < K, scale, 1.0)
-    b_weight = tl.where((b_first == b_second) & (b_first < K), 0.5, 1.0) * b_weight
-    m_fv = m_f[:, None] & m_v[None, :]
-
-    # [BF, BV]
-    b_dh = tl.zeros([BF, BV], dtype=tl.float32)
-    b_dz = tl.zeros([BF], dtype=tl.float32)
-    if dhp is not None:
-        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
-        b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
-        b_dz = tl.load(dzp + ((i_v.to(tl.int64) * dzp_sp) // F + i_ph) * F + o_f, mask=m_f, other=0.0)
-    else:
-        if dht is not None:
-            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
-            b_dz = tl.load(dzt + i_nh * F + o_f, mask=m_f, other=0.0)
-            if i_v > 0:
-                b_dz = tl.zeros([BF], dtype=tl.float32)
-
-    # [BT, BT]
-    b_D = tl.where(o_i[:, None] >= o_i[None, :], 1.0, 0.0)
-
-
-    NS: tl.constexpr = LC // BT
-    n_s = tl.where(i_end > i_start, (i_end - 1) // LC - i_start // LC + 1, 0)
-    for i_j in range(n_s):
-        i_s = (i_end - 1) // LC - i_j
-        # the chunks [i_c0, i_c1) of this checkpoint
-        i_c0 = tl.maximum(i_start, i_s * LC) // BT
-        i_c1 = tl.cdiv(tl.minimum(i_end, i_s * LC + LC), BT)
-        i_hc = (i_s + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-        i_hs = i_ph * NS - i_s * NS
-        if NS > 1:
-            p_hc = hc + i_hc * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
-            b_z = tl.load(zc + i_hc * F + o_f, mask=m_f, other=0.0)
-            for i_c in range(i_c0, i_c1 - 1):
-                p_hs = hs + (i_hs + i_c) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_hs, b_h.to(hs.dtype.element_ty), mask=m_fv)
-                tl.store(zs + ((i_hs + i_c) * NV + i_v) * F + o_f, b_z, mask=m_f)
-                i_t = i_c * BT
-                i_lo = tl.maximum(i_start - i_t, 0)
-                n_t = tl.minimum(i_end - i_t, BT) - i_lo
-                m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-                i_t = i_t.to(tl.int64)
-                # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-                o_t = i_t + o_i
-                o_row = (i_b * T + o_t) * H + i_h
-                m_tk = m_t[:, None] & m_k[None, :]
-                m_tv = m_t[:, None] & m_v[None, :]
-                # [BT, BK]
-                p_x = k + o_t[:, None] * k_st + o_k[None, :]
-                b_k = tl.load(p_x, mask=m_tk, other=0.0)
-                # [BT, BV]
-                p_x = v + o_t[:, None] * v_st + o_v[None, :]
-                b_v = tl.load(p_x, mask=m_tv, other=0.0)
-                b_key = b_k
-                b_value = b_v
-
-
-                # [BT, BF]
-                b_k1 = select(b_key, b_first, K, BK, DOT, PRECISION)
-                b_k2 = select(b_key, b_second, K, BK, DOT, PRECISION)
-                b_fk = tl.where(m_t[:, None], b_k1 * b_k2, 0.0)
-                b_kd = b_fk
-                b_vd = b_value
-                b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
-                b_z = b_z + tl.sum(b_kd.to(tl.float32), 0)
-            p_hs = hs + (i_hs + i_c1 - 1) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            tl.store(p_hs, b_h.to(hs.dtype.element_ty), mask=m_fv)
-            tl.store(zs + ((i_hs + i_c1 - 1) * NV + i_v) * F + o_f, b_z, mask=m_f)
-            # other threads of this program read what these wrote
-            tl.debug_barrier()
-
-        for i in range(i_c1 - i_c0):
-            i_c = i_c1 - 1 - i
-            i_t = i_c * BT
-            i_lo = tl.maximum(i_start - i_t, 0)
-            n_t = tl.minimum(i_end - i_t, BT) - i_lo
-            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-            i_t = i_t.to(tl.int64)
-            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-            o_t = i_t + o_i
-            o_row = (i_b * T + o_t) * H + i_h
-            m_tk = m_t[:, None] & m_k[None, :]
-            m_tv = m_t[:, None] & m_v[None, :]
-            if NS > 1:
-                p_hs = hs + (i_hs + i_c) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_ch = tl.load(p_hs, mask=m_fv, other=0.0)
-                b_cz = tl.load(zs + ((i_hs + i_c) * NV + i_v) * F + o_f, mask=m_f, other=0.0)
-            else:
-                p_hc = hc + i_hc * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_ch = tl.load(p_hc, mask=m_fv, other=0.0)
-                b_cz = tl.load(zc + i_hc * F + o_f, mask=m_f, other=0.0)
-            # [BT, BK]
-            p_x = q + o_t[:, None] * q_st + o_k[None, :]
-            b_q = tl.load(p_x, mask=m_tk, other=0.0)
-            # [BT, BK]
-            p_x = k + o_t[:, None] * k_st + o_k[None, :]
-            b_k = tl.load(p_x, mask=m_tk, other=0.0)
-            # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0)
-            b_key = b_k
-            b_value = b_v
-            b_query = b_q
-
-
-            # [BT, BF]
-            b_k1 = select(b_key, b_first, K, BK, DOT, PRECISION)
-            b_k2 = select(b_key, b_second, K, BK, DOT, PRECISION)
-            b_fk = tl.where(m_t[:, None], b_k1 * b_k2, 0.0)
-            b_kd = b_fk
-            b_vd = b_value
-            # [BT, BF]
-            b_q1 = select(b_query, b_first, K, BK, DOT, PRECISION)
-            b_q2 = select(b_query, b_second, K, BK, DOT, PRECISION)
-            b_fq = tl.where(m_t[:, None], b_q1 * b_q2 * b_weight[None, :], 0.0)
-            b_qd = b_fq
-            # [BT, BV]
-            p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-            b_do = tl.load(p_do, mask=m_tv, other=0.0)
-            p_o = o + (o_row[:, None] * V + o_v[None, :])
-            b_o = tl.load(p_o, mask=m_tv, other=0.0).to(tl.float32)
-            # [BT]
-            b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-            b_do = tl.where(m_tv, b_do.to(tl.float32) / (b_n + 1e-06)[:, None], 0.0)
-            b_dn = -tl.sum(b_do * b_o, 1) * (1.0)
-
-            b_dod = b_do
-            b_dnd = b_dn[:, None]
-
-            # [BT, BT]
-            b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-            b_dA += b_dn[:, None]
-            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION) * scale
-            b_A = tl.where(m_t[None, :], (1.0 + b_s * (1.0 + 0.5 * b_s)) * b_D, 0.0)
-            b_dA = (b_dA * b_D * (1.0 + b_s) * scale).to(DOT)
-
-            if NEED_QUERY:
-                b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
-                # [BT, BF]
-                b_dfq = tl.dot(b_dod.to(DOT), tl.trans(b_ch.to(DOT)), input_precision=PRECISION)
-                b_dfq += b_dnd * b_cz[None, :]
-                b_dfq *= b_weight[None, :]
-                b_dquery += scatter(b_dfq * b_q2, b_first, K, BK, DOT, PRECISION)
-                b_dquery += scatter(b_dfq * b_q1, b_second, K, BK, DOT, PRECISION)
-            if dq is not None:
-                b_dq_ = b_dquery
-                p_d = dq + i_v.to(tl.int64) * dq_sp + (o_row[:, None] * K + o_k[None, :])
-                tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
-
-            if NEED_KEY:
-                b_dkey = tl.dot(tl.trans(b_dA), b_query.to(DOT), input_precision=PRECISION)
-                # [BT, BF]
-                b_dfk = tl.dot(b_vd.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
-                b_dfk += b_dz[None, :]
-                b_dkey += scatter(b_dfk * b_k2, b_first, K, BK, DOT, PRECISION)
-                b_dkey += scatter(b_dfk * b_k1, b_second, K, BK, DOT, PRECISION)
-            if dk is not None:
-                b_dk_ = b_dkey
-                p_d = dk + i_v.to(tl.int64) * dk_sp + (o_row[:, None] * K + o_k[None, :])
-                tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-
-            if NEED_VALUE:
-                # [BT, BV]
-                b_dvi = tl.dot(b_kd.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-                b_dvalue = tl.dot(tl.trans(b_A.to(DOT)), b_do.to(DOT), input_precision=PRECISION)
-                b_dvalue = plus(b_dvalue, b_dvi)
-            if dv is not None:
-                b_dv_ = b_dvalue
-                p_d = dv + (o_row[:, None] * V + o_v[None, :])
-                tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
-
-
-            b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
-            b_dz = b_dz + tl.sum(b_qd.to(tl.float32) * b_dnd, 0)
-
-
-    if dh0 is not None:
-        if is_first:
-            p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
-            tl.store(dz0 + ((i_v.to(tl.int64) * dz0_sp) // F + i_nh) * F + o_f, b_dz, mask=m_f)
 
 
 # One token: reads the state, writes it back in place. A program owns a sequence, a head and NB blocks of V.
@@ -966,23 +1197,23 @@ def scan(h, h0, z, z0, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def adjoints(q, do, o, den, dht, dzt, cu_seqlens, scale, s, shape):
-    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens; of the sums [parts, rows, H, F]."""
+def adjoints(q, do, den, dden, dht, dzt, cu_seqlens, scale, s, shape):
+    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens, and of the sums [rows, H, F]."""
     N, T, H, K, V, F = shape
-    t = s.bwd
+    like, t = do, s.bwd
     NP, rows = pieces(cu_seqlens, N, T, s.bwd_L)
-    NV = triton.cdiv(V, t.BV)
     dhp = state(rows, H, F, V, do)
-    dzp = torch.empty(NV, rows, H, F, dtype=torch.float32, device=do.device)
-    based_bwd_state_kernel[(rows * H * NV,)](
+    dzp = torch.empty(rows, H, F, dtype=torch.float32, device=do.device)
+    based_bwd_state_kernel[(rows * H * triton.cdiv(V, t.BV),)](
         q,
         do=do,
-        o=o,
         den=den,
+        dden=dden,
         dz=dzp,
-        dz_sp=dzp[0].numel(),
-        monomial=monomials(K, do.device),
         dh=dhp,
+        L=s.bwd_L,
+        NP=NP,
+        monomial=monomials(K, like.device),
         cu_seqlens=cu_seqlens,
         scale=scale,
         q_sb=q.stride(0),
@@ -994,12 +1225,12 @@ def adjoints(q, do, o, den, dht, dzt, cu_seqlens, scale, s, shape):
         N=N,
         T=T,
         H=H,
-        L=s.bwd_L,
-        NP=NP,
+        NC=-(-T // s.LC),
         G_q=H // q.shape[2],
         K=K,
         V=V,
         F=F,
+        LC=s.LC,
         BT=t.BT,
         BK=s.BK,
         BV=t.BV,
@@ -1014,57 +1245,64 @@ def adjoints(q, do, o, den, dht, dzt, cu_seqlens, scale, s, shape):
     scan(dhp, dht, dzp, dzt, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
     return dhp, dzp
 
+
 def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
-    Gradients come as the kernels make them, for each input the summands and how many tokens a row of one sums (0: all of a sequence's):
-    [B, T, H, C] for inputs with a time axis, [rows, H, C] without one, in fp32 and with a first axis of parts to add where programs with
-    a block of the channels each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
+    Gradients come for each input as summands, and how many tokens a row of one sums (0: all of a sequence's): [B, T, H, C] for inputs
+    with a time axis, [rows, H, C] without one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
     """
     B, T, H, K, V, F, N = sizes(q, k, v, cu_seqlens)
     like = v
-    NC = -(-T // s.LC)
     t = s.bwd
-    L = s.bwd_L or T + 1
-    NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     NV = triton.cdiv(V, t.BV)
     make = torch.empty if cu_seqlens is None else torch.zeros
 
-    def gradient(x, axes, need):
+    def gradient(x, axes, need, rows, alone):
+        """One kernel's gradient of x, and the stride between its parts."""
         if not need:
             return None, 0
         channels = (K,) if "k" in axes else (V,) if "v" in axes else ()
         shape = (B, T, H, *channels) if "t" in axes else (rows, H, *channels)
-        parts = NV if "v" not in axes else 1
-        if parts == 1 and "t" in axes:
-            whole = x.shape == torch.Size(shape[:4])
-            return make(shape, dtype=x.dtype if whole else torch.float32, device=x.device), 0
-        out = make(parts, *shape, dtype=torch.float32, device=x.device)
+        dtype = x.dtype if alone and x.shape == torch.Size(shape[:4]) else torch.float32
+        if "t" in axes and (NV == 1 or "v" in axes):
+            return make(shape, dtype=dtype, device=x.device), 0
+        out = make(1 if "v" in axes else NV, *shape, dtype=dtype, device=x.device)
         return out, out[0].numel()
 
-    dq, dq_sp = gradient(q, "bthk", needs[0])
-    dk, dk_sp = gradient(k, "bthk", needs[1])
-    dv, dv_sp = gradient(v, "bthv", needs[2])
-    dh0 = state(N, H, F, V, like) if initial else None
-    dz0 = torch.empty(NV, N, H, F, dtype=torch.float32, device=like.device) if initial else None
-    zs = torch.empty(rows * H * (s.LC // t.BT) * NV, F, dtype=torch.float32, device=like.device) if s.LC > t.BT else None
-    dzp = None
-    hs = state(rows * (s.LC // t.BT), H, F, V, like, s.checkpoint) if s.LC > t.BT else None
-    dhp = None
+    def summed(d, axes):
+        """The parts added up."""
+        if d is None or d.dim() == 2 + ("t" in axes) + ("k" in axes or "v" in axes):
+            return d
+        return d.sum(0)
+
     common = dict(
+        monomial=monomials(K, like.device),
         cu_seqlens=cu_seqlens,
         scale=scale,
+        q_sb=q.stride(0),
+        q_st=q.stride(1),
+        q_sh=q.stride(2),
+        k_sb=k.stride(0),
+        k_st=k.stride(1),
+        k_sh=k.stride(2),
+        v_sb=v.stride(0),
+        v_st=v.stride(1),
+        v_sh=v.stride(2),
         do_sb=do.stride(0),
         do_st=do.stride(1),
         do_sh=do.stride(2),
         N=N,
         T=T,
         H=H,
-        L=L,
-        NP=NP,
+        NC=-(-T // s.LC),
+        G_q=H // q.shape[2],
+        G_k=H // k.shape[2],
+        G_v=H // v.shape[2],
         K=K,
         V=V,
         F=F,
+        LC=s.LC,
         BT=t.BT,
         BK=s.BK,
         BV=t.BV,
@@ -1075,62 +1313,78 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         SUM_PRECISION=s.SUM_PRECISION,
         num_warps=t.num_warps,
         num_stages=t.num_stages,
-        monomial=monomials(K, like.device),
     )
-    if s.bwd_L:
-        dhp, dzp = adjoints(q, do, o, den, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
-    based_bwd_kernel[(rows * H * NV,)](
-        q, k, v,
-        do=do,
-        o=o,
-        den=den,
-        zc=zc,
-        zs=zs,
-        dzt=dzt,
-        dz0=dz0,
-        dzp=dzp,
-        dz0_sp=N * H * F,
-        dzp_sp=rows * H * F,
-        hc=hc,
-        hs=hs,
-        dht=dht,
-        dh0=dh0,
-        dhp=dhp,
-        dq=dq,
-        dq_sp=dq_sp,
-        dk=dk,
-        dk_sp=dk_sp,
-        dv=dv,
-        dv_sp=dv_sp,
-        NC=NC,
-        LC=s.LC,
-        LEVELS=t.BT.bit_length() - 1,
-        NEED_QUERY=any((needs[0],)),
-        NEED_KEY=any((needs[1],)),
-        NEED_VALUE=any((needs[2],)),
-        NEED_DECAY=False,
-        NEED_PHASE=False,
-        NEED_BONUS=False,
-        q_sb=q.stride(0),
-        q_st=q.stride(1),
-        q_sh=q.stride(2),
-        k_sb=k.stride(0),
-        k_st=k.stride(1),
-        k_sh=k.stride(2),
-        v_sb=v.stride(0),
-        v_st=v.stride(1),
-        v_sh=v.stride(2),
-        G_q=H // q.shape[2],
-        G_k=H // k.shape[2],
-        G_v=H // v.shape[2],
-        **common,
+    parts = [[] for _ in needs]
+    dden = torch.empty_like(den)
+    based_dn_kernel[(triton.cdiv(den.numel(), t.BT),)](
+        do,
+        o,
+        den,
+        dden,
+        do_sb=do.stride(0),
+        do_st=do.stride(1),
+        do_sh=do.stride(2),
+        R=den.numel(),
+        T=T,
+        H=H,
+        V=V,
+        BT=t.BT,
+        BV=triton.next_power_of_2(V),
+        num_warps=4,
     )
-    gradients = (
-        ((dq, s.bwd_L),),
-        ((dk, s.bwd_L),),
-        ((dv, s.bwd_L),),
-    )
-    return gradients, dh0, None if dz0 is None else dz0.sum(0)
+    if any((needs[0],)):
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        dq, dq_sp = gradient(q, "bthk", needs[0], rows, True)
+        based_dq_kernel[(rows * H * NV,)](
+            q, k, v,
+            do=do,
+            den=den,
+            dden=dden,
+            zc=zc,
+            hc=hc,
+            dq=dq,
+            dq_sp=dq_sp,
+            L=L,
+            NP=NP,
+            **common,
+        )
+        parts[0].append((summed(dq, "bthk"), s.dq_L))
+    dh0 = None
+    dz0 = None
+    if any((needs[1], needs[2],)) or initial:
+        L = s.bwd_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
+        dhp, dzp = None, None
+        if s.bwd_L:
+            dhp, dzp = adjoints(q, do, den, dden, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
+        dh0 = state(N, H, F, V, like) if initial else None
+        dz0 = torch.empty(N, H, F, dtype=torch.float32, device=like.device) if initial else None
+        dk, dk_sp = gradient(k, "bthk", needs[1], rows, True)
+        dv, dv_sp = gradient(v, "bthv", needs[2], rows, True)
+        based_dkv_kernel[(rows * H * NV,)](
+            q, k, v,
+            do=do,
+            den=den,
+            dden=dden,
+            dzt=dzt,
+            dzp=dzp,
+            dz0=dz0,
+            dht=dht,
+            dhp=dhp,
+            dh0=dh0,
+            dk=dk,
+            dk_sp=dk_sp,
+            dv=dv,
+            dv_sp=dv_sp,
+            L=L,
+            NP=NP,
+            **common,
+        )
+        parts[1].append((summed(dk, "bthk"), s.bwd_L))
+        parts[2].append((summed(dv, "bthv"), s.bwd_L))
+    return parts, dh0, dz0
+
 
 def step(q, k, v, h, z, scale, s):
     """One token: the output [B, 1, H, V]; the state is updated in place. Inputs have T = 1."""
@@ -1165,7 +1419,7 @@ def step(q, k, v, h, z, scale, s):
         F=F,
         BK=s.BK,
         BV=t.BV,
-        BF=s.BF,
+        BF=max(16, triton.next_power_of_2(F)),
         NB=NB,
         num_warps=t.num_warps,
     )
