@@ -79,7 +79,7 @@ HOMOGENEOUS = (SIGNED_DIVISORS[0], SIGNED_DIVISORS[2])
 class Profile:
     """What arguments are drawn from, the simplest first. lengths: tokens, of a chunk of C tokens, as functions of C.
 
-    rows: whether with erase and l2norm.
+    norms: whether with l2norm where nothing is erased.
     builds: how often dtypes and channels are drawn for one spec, which is what compiles kernels anew; runs: how often
     lengths and the like are drawn for each of these.
     """
@@ -96,7 +96,7 @@ class Profile:
     lengths: tuple[Callable[[int], int], ...]
     builds: tuple[int, ...]
     runs: tuple[int, ...]
-    rows: bool
+    norms: bool
 
 
 LENGTHS = (
@@ -116,7 +116,7 @@ PROFILES = {
         lengths=(*LENGTHS, lambda C: 5 * C + 3),
         builds=(1, 2),
         runs=(1, 2),
-        rows=True,
+        norms=True,
     ),
     "interpreter": Profile(
         # Triton's interpreter has no bf16
@@ -132,7 +132,7 @@ PROFILES = {
         lengths=LENGTHS[:5],
         builds=(1,),
         runs=(1, 2),
-        rows=False,
+        norms=False,
     ),
     "cuda": Profile(
         device="cuda",
@@ -147,7 +147,7 @@ PROFILES = {
         lengths=(*LENGTHS, lambda C: 8 * C + 1, lambda C: 257, lambda C: 700),
         builds=(1, 1, 1, 2),
         runs=(1, 2),
-        rows=False,
+        norms=False,
     ),
 }
 
@@ -157,7 +157,7 @@ def trials(profile: Profile) -> st.SearchStrategy[tuple[Trial, ...]]:
 
     @st.composite
     def drawn(draw: Draw) -> tuple[Trial, ...]:
-        spec = draw(specs(profile.rows))
+        spec = draw(specs(profile.norms))
         found: list[Trial] = []
         for _ in range(one_of(draw, profile.builds)):
             build = _build(draw, spec, profile)
@@ -169,9 +169,9 @@ def trials(profile: Profile) -> st.SearchStrategy[tuple[Trial, ...]]:
     return drawn()
 
 
-def specs(rows: bool = True) -> st.SearchStrategy[Spec]:
-    """A spec of the language. rows: whether with erase and l2norm."""
-    return st.composite(drawn_spec)(rows)
+def specs(norms: bool = True) -> st.SearchStrategy[Spec]:
+    """A spec of the language. norms: whether with l2norm where nothing is erased."""
+    return st.composite(drawn_spec)(norms)
 
 
 # --- the spec
@@ -184,7 +184,7 @@ def _part(draw: Draw, make: Callable[..., Any], *arguments: Any) -> Any:
     return make(draw, *arguments)
 
 
-def drawn_spec(draw: Draw, rows: bool = True) -> Spec:
+def drawn_spec(draw: Draw, norms: bool = True) -> Spec:
     """The rules of the language decide what may follow: a phase excludes taylor, and so on."""
     if one_of(draw, SELDOM):
         return _declared(draw, draw(_part(_vector)))
@@ -193,7 +193,7 @@ def drawn_spec(draw: Draw, rows: bool = True) -> Spec:
     found: dict[str, Any] = {} if decay is None else {"log_decay": decay}
     if not per_value:
         found |= draw(_part(_phase))
-    if rows and not per_value and not found.keys() & {"phase"}:
+    if not per_value and not found.keys() & {"phase"}:
         found |= draw(_part(_erase))
     alone = bool(found.keys() & {"phase", "erase"})  # without taylor and a sum to divide by
     found |= draw(_part(_features, not per_key and not alone, not per_value and not alone))
@@ -201,7 +201,7 @@ def drawn_spec(draw: Draw, rows: bool = True) -> Spec:
         found |= draw(_part(_bonus, "normalize" in found))
     found["scale"] = one_of(draw, (None, None, 1, 0.3))
     for name, own, others in (("key", k, (q, k)), ("query", q, (q, k)), ("value", v, (v,))):
-        found[name] = draw(_part(exprs.role, own, others, rows))
+        found[name] = draw(_part(exprs.role, own, others, norms or "erase" in found))
     if found.get("normalize") in HOMOGENEOUS and not per_key and not found.keys() & {"bonus", "feature_map"}:
         found |= draw(_part(_gate, found["key"]))
     return _declared(draw, found)

@@ -14,6 +14,7 @@ from .analysis import Analysis
 from .errors import PlanError
 from .expr import Expr, Input, Number
 from .functions import triton_text
+from .plan_erase import ErasePlan
 from .plan_kernels import kernels_of
 from .plan_parts import Gradient, Held, Kernel, Role, TensorArg, Term, block_name, block_text, held, leaves, row_text
 
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
     from .spec import Spec
 
 ROLE_CHANNEL = {"query": "k", "key": "k", "value": "v", "phase": "k", "bonus": "k", "gate": ""}
+ROLE_CHANNEL |= {"erase_a": "k", "erase_b": "k", "erase": ""}
 # the accumulated decay of a step is clamped here (natural log; exact in bf16): exp(-128) is 0 in fp32
 DECAY_FLOOR = -128.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ErasePlan):
     """The decisions that give the text of a spec's kernels."""
 
     analysis: Analysis
@@ -54,21 +56,13 @@ class Plan:
         # those of a vector state have no head to depend on
         axes = "" if self.vector else "h"
         constants = tuple(TensorArg(one.name, axes, True, "") for one, _ in self.analysis.constants)
-        return tuple(TensorArg(one.name, one.axes, False, self._cast(one)) for one in self.analysis.inputs) + constants
+        return (
+            tuple(TensorArg(one.name, one.axes, False, self.cast_of(one)) for one in self.analysis.inputs) + constants
+        )
 
     @cached_property
     def inputs(self) -> tuple[TensorArg, ...]:
         return tuple(tensor for tensor in self.tensors if not tensor.is_constant)
-
-    def _cast(self, one: Input) -> str:
-        """Blocks are fp32, but for those that go straight into products."""
-        used = [expr for _, expr in self.analysis.roles if one in expr.inputs]
-        plain = all(expr == one for expr in used) and self.role_of(one) in ("query", "key", "value")
-        return "" if plain else ".to(tl.float32)"
-
-    def role_of(self, one: Input) -> str:
-        """The first role that uses the input."""
-        return next(role for role, expr in self.analysis.roles if one in expr.inputs)
 
     # --- decay
 
@@ -244,7 +238,8 @@ class Plan:
             return "d", True
         if role == "log_decay":
             return self.channel_decay, self.decay != "constant"
-        return ROLE_CHANNEL[role], True
+        # a unit's name stands for what it is the l2norm of
+        return ROLE_CHANNEL.get(role, "k"), True
 
     # --- gradients
 
@@ -257,7 +252,8 @@ class Plan:
             found.append(Gradient(tensor, tuple(self._term(tensor, role, diff) for role, diff in terms)))
         return tuple(found)
 
-    def _term(self, tensor: TensorArg, role: str, diff: Expr) -> Term:
+    def _term(self, tensor: TensorArg | None, role: str, diff: Expr) -> Term:
+        """tensor: None for a unit, whose blocks have key channels."""
         channel, _ = self._role_block(role)
         texts = []
         for turned in (False, True):
@@ -270,7 +266,7 @@ class Plan:
                 gradient = f"tl.where(b_ld > DECAY_FLOOR, {gradient}, 0.0)"
             texts.append(gradient)
         text, text_turned = texts
-        return Term(role, text, text_turned, bool(channel) and not tensor.channel)
+        return Term(role, text, text_turned, bool(channel) and tensor is not None and not tensor.channel)
 
     def gradients_after(self, stage: str) -> tuple[Gradient, ...]:
         """The gradients that are whole once the role `stage` has its own: kernels store them there. What needs the
@@ -319,6 +315,7 @@ class Plan:
         names = {
             leaf.name for role, expr in used.items() if role in roles and expr is not None for leaf in leaves(expr)
         }
+        names |= {leaf.name for unit, expr in self.analysis.units if unit.name in names for leaf in leaves(expr)}
         return tuple(tensor for tensor in self.tensors if tensor.name in names)
 
     @cached_property
@@ -344,7 +341,7 @@ class Plan:
     @cached_property
     def intra_tensors(self) -> tuple[TensorArg, ...]:
         """What the weights of the pairs inside a chunk need."""
-        return self.tensors_of("query", "key", "log_decay", "bonus")
+        return self.tensors_of("query", "key", "log_decay", "bonus", "erase", "erase_a", "erase_b")
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -356,7 +353,7 @@ class Plan:
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """What is launched for a call, in order."""
-        return kernels_of(self)
+        return self.erase_kernels if self.erase else kernels_of(self)
 
     def __str__(self) -> str:
         lines = [f"plan of {self.name}", f"  decay: {self.decay}", f"  state: {' + '.join(self.state_names)}"]

@@ -92,6 +92,16 @@ class Term(NamedTuple):
     reduced: bool
 
 
+class Unit(NamedTuple):
+    """A normalised vector. text: what it is the l2norm of, over blocks [BT, BK]; users: the roles that it stands in;
+    terms: what these give to its gradient."""
+
+    name: str
+    text: str
+    users: frozenset[str]
+    terms: tuple[Term, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Gradient:
     """How a chunk's gradient of one input comes from those of the roles."""
@@ -149,14 +159,16 @@ OWN_BLOCKS = frozenset(
     fk fq kd qd vd en ek eq cn sn ck sk cr sr cl sl qc qs kc ks x xl xq xk xqi xki y yl yqi yki all weight first second
     k1 k2 q1 q2 tree gt at dquery dkey dvalue dlog_decay dphase dbonus dfq dfk dvi dqr dqi dkr dki dqc dqs dkc dks sum
     part pick picked f yq m fall gate before lg dgate top Ai Ab Abi ci cb cbi si ei back backi after afteri gti dsi
-    count df dh0 dh1 dh2 dot dpair h0 h1 h2 half0 half1 half2 pick0 pick1 pick2 qr inv vt with0 with1 with2 zq zt
+    count df dh0 dh1 dh2 dot dpair h0 h1 h2 half0 half1 half2 pick0 pick1 pick2 qr inv vt with0 with1 with2 zq zt a b e
+    hw dhw M B C E dB dC dD dqr dar dbd dkd ea xa xw or ol late early corner rq ra rb rk fa fb en za zb zkey far
     """.split()  # noqa: SIM905
 )
 
 
 def block_name(name: str) -> str:
     """The name of an input's block. Names of inputs do not end with _."""
-    return f"b_{name}_" if name in OWN_BLOCKS or name.startswith("sum_") else f"b_{name}"
+    taken = name in OWN_BLOCKS or name.startswith(("sum_", "norm_unit", "dunit"))
+    return f"b_{name}_" if taken else f"b_{name}"
 
 
 def leaves(expr: Expr) -> tuple[Input, ...]:

@@ -168,13 +168,19 @@ def schedule(
         # of a small state two halves, rather than two pieces of the sequence and the launches that these take
         if BF <= 64 and half > 32 and programs * -(-shape.V // half) < device.multiprocessors:
             fwd = tile(BT, 32, BF * 32 * parts, 2 if low else 1)
+    intra, bwd_intra = Tile(BT, 64, 2, 1), Tile(BT, 64, 4, 1)
+    if plan.erase:
+        # not pipelined, so that two programs fit a multiprocessor; blocks of 32 value channels are not believed
+        size = max(64, BV if BF > 128 else value_block(BV, BF, STATE_ELEMENTS // 2))
+        fwd = bwd = tile(BT, size, BF * size, 1)
+        intra, bwd_intra = Tile(BT, 64, 4 if BK <= 128 else 8, 1), Tile(BT, min(64, 8192 // BK), 8, 1)
     whole = block(shape.V, triton)
     rows = sweep_tile(BT, BK, whole, low)
     return Schedule(
         fwd=fwd,
         bwd=bwd,
-        intra=Tile(BT, 64, 2, 1),
-        bwd_intra=Tile(BT, 64, 4, 1),
+        intra=intra,
+        bwd_intra=bwd_intra,
         step=Tile(1, max(16, min(BV, 8192 // (block(F, triton) * parts))), 4, 1),
         rows=rows,
         BK=BK,
@@ -187,7 +193,8 @@ def schedule(
         dq_L=piece(shape, -(-programs * -(-shape.K // rows.BV) // 8), device, LC),
         PARTS=1 if exact_decay and low else 2,
         DOT=tl.bfloat16 if low else tl.float32,
-        PRECISION=input_precision or ("tf32" if dtype == torch.float16 else device.precision),
+        # what erases rounds more often on the way to an output than fp16's tolerance has room for
+        PRECISION=input_precision or ("tf32" if dtype == torch.float16 and not plan.erase else device.precision),
         SUM_PRECISION=device.precision,
         checkpoint=torch.bfloat16 if low else torch.float32,
     )

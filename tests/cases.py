@@ -134,10 +134,10 @@ EVERY_SHIPPED = [specs.get(name) for name in specs.names()]
 # those with kernels, of matrix states and of vector states
 SHIPPED = [spec for spec in EVERY_SHIPPED if not analyse(spec).without_kernels and not spec.vector]
 SHIPPED_VECTORS = [spec for spec in EVERY_SHIPPED if spec.vector]
-ALL = SHIPPED + _combinations()
+ALL = SHIPPED + _combinations() + [spec for spec in _erasing() if not analyse(spec).without_kernels]
 VECTORS = SHIPPED_VECTORS + _vectors()
 # what the torch backend alone runs
-WITHOUT_KERNELS = [spec for spec in EVERY_SHIPPED if spec not in SHIPPED and not spec.vector] + _erasing()
+WITHOUT_KERNELS = [spec for spec in EVERY_SHIPPED + _erasing() if analyse(spec).without_kernels and not spec.vector]
 
 
 def make(spec, batch, time, heads_, key, value, *, sequences=None, groups=None, dtype=torch.float64, seed=0):

@@ -21,6 +21,7 @@ from flagen.analysis import analyse
 from flagen.cli_check import Grid, Line
 from flagen.cli_spec import find_spec
 from flagen.demo_example import my_attention
+from flagen.expr import k, l2norm
 from flagen.spec import Spec
 
 SMALL = Grid(sizes=((4, 6),), taylor_sizes=((4, 6),), lengths=(1, 9), packed=((3, 0, 5),))
@@ -119,10 +120,12 @@ def test_show_every_spec(capsys, name):
     assert (f"erase: {analysis.erase}" in out) == (spec.erase is not None)
 
 
-def test_emit_of_what_has_no_kernels(capsys):
-    status, out, err = run(capsys, "emit", "rwkv7")
+def test_emit_of_what_has_no_kernels(capsys, tmp_path):
+    file = tmp_path / "normed.json"
+    file.write_text(Spec("normed", key=l2norm(k)).to_json())
+    status, out, err = run(capsys, "emit", str(file))
     assert (status, out) == (2, "")
-    assert err.startswith("flagen: rwkv7: there are no Triton kernels for erase yet; compile it with")
+    assert err.startswith("flagen: normed: there are no Triton kernels for l2norm yet; compile it with")
 
 
 def test_show_counts_bytes(capsys):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from cases import SCALARS, WITHOUT_KERNELS, a, b, beta, constants_of, error, expected, extreme, gk, gs, gv, make, u
+from cases import ALL, SCALARS, WITHOUT_KERNELS, a, b, beta, constants_of, error, expected, extreme, gk, gs, gv, make, u
 from torch.nn.functional import normalize
 
 import flagen
@@ -28,13 +28,13 @@ from flagen.testing import check
 from flagen.torch_backend import TorchBackend
 
 r, theta = Input("r", "b t h k"), Input("theta", "b t h")
-NAMED = {spec.name: spec for spec in WITHOUT_KERNELS}
+NAMED = {spec.name: spec for spec in ALL + WITHOUT_KERNELS}
 DELTA = Spec("delta", query=l2norm(q), key=beta * l2norm(k), erase=(l2norm(k), beta * l2norm(k)))
 GATED = DELTA.replace("gated", log_decay=gs)
 PLUS_LOW_RANK = Spec("plus_low_rank", query=r, log_decay=gk, erase=(-a, b), erase_reads="previous", scale=1)
-ERASING = [spec for spec in WITHOUT_KERNELS if spec.erase is not None]
+ERASING = [spec for spec in ALL if spec.erase is not None]
 EVERY = pytest.mark.parametrize("spec", ERASING, ids=lambda spec: spec.name)
-TRAVELLERS = pytest.mark.parametrize("spec", WITHOUT_KERNELS, ids=lambda spec: spec.name)
+TRAVELLERS = pytest.mark.parametrize("spec", ERASING + WITHOUT_KERNELS, ids=lambda spec: spec.name)
 
 
 def drawn(spec, batch=2, time=6, heads=2, key=4, value=3, seed=0):
@@ -216,7 +216,10 @@ def test_facts():
 
 def test_there_are_no_kernels_and_one_place_says_so():
     assert not analyse(Spec("s")).without_kernels
-    for spec, what in ((DELTA, "erase"), (Spec("s", key=l2norm(k)), "l2norm")):
+    assert not analyse(DELTA).without_kernels and make_plan(analyse(DELTA)).erase
+    fixed = DELTA.replace("fixed", erase=(beta * l2norm(u), beta * l2norm(u)))
+    timeless = "an erase with l2norm of a vector without time"
+    for spec, what in ((fixed, timeless), (Spec("s", key=l2norm(k)), "l2norm")):
         assert analyse(spec).without_kernels == f"there are no Triton kernels for {what} yet"
         with pytest.raises(PlanError, match=f"{spec.name}: there are no Triton kernels for {what} yet; compile it"):
             make_plan(analyse(spec))
@@ -416,17 +419,14 @@ def test_only_what_is_asked_for(name):
 # --- through the pipeline
 
 
-def test_every_device_runs_the_torch_path(monkeypatch):
+def test_there_are_no_kernels_to_ask_for(monkeypatch):
     monkeypatch.setattr(op, "_interpreted", lambda: True)  # where other specs would run their kernels on the CPU
-    assert flagen.compile(GATED)._checks.triton == frozenset()
-    assert flagen.compile(Spec("plain_here"))._checks.triton == {"cuda", "cpu"}
-    assert flagen.compile(GATED).plan is None
-    assert flagen.compile(GATED).source.startswith("# gated: there are no Triton kernels for erase yet")
-
-
-def test_there_are_no_kernels_to_ask_for():
-    with pytest.raises(PlanError, match="gated: there are no Triton kernels for erase yet; compile it with backend="):
-        flagen.compile(GATED, backend="triton")
+    assert flagen.compile(GATED)._checks.triton == {"cuda", "cpu"}
+    assert flagen.compile(NAMED["normed"])._checks.triton == frozenset()
+    assert flagen.compile(NAMED["normed"]).plan is None
+    assert flagen.compile(NAMED["normed"]).source.startswith("# normed: there are no Triton kernels for l2norm yet")
+    with pytest.raises(PlanError, match="normed: there are no Triton kernels for l2norm yet; compile it with backend="):
+        flagen.compile(NAMED["normed"], backend="triton")
     with pytest.raises(PlanError, match="there are no Triton kernels for l2norm yet"):
         flagen.emit(NAMED["normed"])
 
@@ -443,7 +443,7 @@ def test_a_warm_start_needs_no_sympy(tmp_path):
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True).stdout
         for _ in range(2)
     ]
-    assert [text.split() for text in found] == [["sympy"], []]
+    assert [text.split() for text in found] == [["sympy", "jinja2"], []]
 
 
 @EVERY

@@ -1,0 +1,151 @@
+"""What an erase adds to a plan: what its rows read and write, and its kernels."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from .expr import L2NORM_EPS, Expr, Input
+from .functions import triton_text
+from .plan_parts import Kernel, Role, TensorArg, Unit, block_text, leaves
+
+if TYPE_CHECKING:
+    from .analysis import Analysis
+    from .plan_parts import Term
+
+
+class ErasePlan:
+    """What a row reads of the state is taken away as it is written; the part of a plan that says how."""
+
+    if TYPE_CHECKING:
+        # what Plan has
+        analysis: Analysis
+
+        @property
+        def inputs(self) -> tuple[TensorArg, ...]: ...
+        @property
+        def intra_tensors(self) -> tuple[TensorArg, ...]: ...
+        @property
+        def key(self) -> Role: ...
+        @property
+        def name(self) -> str: ...
+        @property
+        def decay(self) -> str: ...
+        @property
+        def channel_decay(self) -> str: ...
+        @property
+        def row_decay(self) -> bool: ...
+        def tensors_of(self, *roles: str) -> tuple[TensorArg, ...]: ...
+        def _role(self, name: str) -> Role: ...
+        def _role_if_given(self, name: str) -> Role | None: ...
+        def _term(self, tensor: TensorArg | None, role: str, diff: Expr) -> Term: ...
+
+    @property
+    def erase(self) -> bool:
+        return self.analysis.erase != "none"
+
+    @property
+    def delta(self) -> bool:
+        """Whether one vector, the key, both reads what is taken away and is what is written."""
+        return self.analysis.erase == "delta"
+
+    @property
+    def erase_previous(self) -> bool:
+        """Whether it is read before the token's decay."""
+        return self.analysis.erase_previous and self.decay != "none"
+
+    @property
+    def eraser(self) -> Role:
+        """What reads the state for what is taken away."""
+        return self.key if self.delta else self._role("erase_a")
+
+    @property
+    def erased(self) -> Role:
+        """What is written with what was read."""
+        return self.key if self.delta else self._role("erase_b")
+
+    @property
+    def strength(self) -> Role | None:
+        """The number a token that what is read is multiplied by, with delta."""
+        return self._role_if_given("erase")
+
+    @property
+    def l2norm_eps(self) -> float:
+        return L2NORM_EPS
+
+    @property
+    def unit_roles(self) -> tuple[tuple[str, Expr], ...]:
+        return tuple((unit.name, expr) for unit, expr in self.analysis.units)
+
+    def cast_of(self, one: Input) -> str:
+        """How an input's block is cast as it is loaded: blocks are fp32, but for those that go straight into
+        products."""
+        used = [(role, expr) for role, expr in (*self.analysis.roles, *self.unit_roles) if one in expr.inputs]
+        plain = bool(used) and all(expr == one for _, expr in used)
+        return "" if plain and used[0][0] in ("query", "key", "value", "erase_a", "erase_b") else ".to(tl.float32)"
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """The normalised vectors that stand in roles, each with what its own gradient is made of."""
+        found = []
+        for unit, expr in self.analysis.units:
+            text = triton_text(expr, {leaf: block_text(leaf, True, "k") for leaf in leaves(expr)})
+            terms = ((role, diff) for role, one, diff in self.analysis.gradients if one.name == unit.name)
+            users = frozenset(role for role, used in self.analysis.roles if unit in leaves(used))
+            found.append(Unit(unit.name, text, users, tuple(self._term(None, role, diff) for role, diff in terms)))
+        return tuple(found)
+
+    def late_unit(self, role: str) -> Unit | None:
+        """The unit that the query or the key is, if it is nothing but the l2norm of an input: its norm is then a factor
+        of products of the input as it lies, which need not be rounded. With delta, and no decay per channel."""
+        if not self.delta or self.channel_decay:
+            return None
+        found = [(unit, expr) for unit, expr in self.analysis.units if self.analysis.role(role) == unit]
+        if not found or not isinstance(found[0][1], Input):
+            return None
+        return next(unit for unit in self.units if unit.name == found[0][0].name)
+
+    @property
+    def erase_rows(self) -> tuple[str, ...]:
+        """Rows that the chunk-parallel kernel makes for the serial ones: of query, a, b and key. With delta a is the
+        key times a number a token, a factor unless channels have decays of their own."""
+        if not self.delta:
+            return ("q", "a", "b", "k")
+        return ("q", "a", "b") if self.channel_decay else ("q", "b")
+
+    @property
+    def chain_rows(self) -> tuple[str, ...]:
+        """Those that carry the adjoint of the state."""
+        return tuple(row for row in self.erase_rows if row != "k")
+
+    @property
+    def erase_factors(self) -> tuple[str, ...]:
+        """The rows that have a factor a token: decay, scale and the number of delta."""
+        if self.row_decay:
+            return ("q", "a", "b")
+        if not self.delta or self.channel_decay:
+            return ()
+        return (
+            *(("q",) if self.late_unit("query") else ()), "a", *(("b",) if self.late_unit("key") else ())
+        )  # fmt: skip
+
+    @property
+    def erase_kernels(self) -> tuple[Kernel, ...]:
+        """Sequences are not cut into pieces: what passes a piece is a matrix [K, K]."""
+        names = tuple(one.name for one in self.inputs)
+        pairs = ("M", "A") if self.delta else ("M", "A", "B", "C")
+        own = tuple(one.name for one in self.intra_tensors if not one.is_constant)
+        gradients, adjoints = tuple(f"d{name}" for name in names), ("do", "dS", "dw")
+        return (
+            Kernel(name=f"{self.name}_intra_kernel", direction="either", reads=own, writes=pairs, when="always"),
+            Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=(*names, *pairs), writes=("o", "S"),
+                   when="always"),
+            Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=(*names, *pairs), writes=("S", "w"),
+                   when="a gradient is asked for: the states before all chunks, again from those that were kept"),
+            Kernel(name=f"{self.name}_bwd_state_kernel", direction="backward", reads=(*names, *pairs, "do"),
+                   writes=("dS", "dw"), when="a gradient is asked for"),
+            Kernel(name=f"{self.name}_bwd_kernel", direction="either", reads=(*names, *pairs, "S", "w", *adjoints),
+                   writes=gradients, when="a gradient is asked for"),
+            Kernel(name=f"{self.name}_step_kernel", direction="one token", reads=(*names, "S"), writes=("o", "S"),
+                   when="decode"),
+        )  # fmt: skip

@@ -1,0 +1,14 @@
+"""The kernels of the specs that erase, compiled for every target."""
+
+from __future__ import annotations
+
+import pytest
+from compile_cases import CASES, check
+
+from flagen import specs
+
+
+@pytest.mark.parametrize(("target", "shape"), CASES)
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "kda", "comba", "rwkv7"])
+def test_every_kernel_compiles_and_fits(name, target, shape, monkeypatch):
+    check(specs.get(name), target, shape, monkeypatch)
