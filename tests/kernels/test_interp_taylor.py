@@ -49,6 +49,11 @@ def test_one_piece_and_one_block(dtype):
     compare(BASED, 2, 70, 2, 16, 48, dtype=dtype)
 
 
+def test_sequences_that_begin_inside_a_chunk():
+    """Whole, so that the count of tokens goes on after a first chunk that is not full."""
+    compare(BASED, 1, 101, 1, 6, 20, cu=[0, 7, 7, 60, 93])
+
+
 def test_tiles_hold_all_features():
     for key in range(1, 33):
         for dtype in (torch.bfloat16, torch.float32):
