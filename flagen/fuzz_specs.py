@@ -46,7 +46,6 @@ from .spec import Spec, SpecWarning, default_inputs
 
 NAME = "drawn"
 RARELY = (False, False, False, True)
-SELDOM = (*[False] * 7, True)
 DECAY_AXES = (
     None, "h", "bth", "bthk", "bthv", "", "hk", "hv", "bh", "bthk", "bth", "bthv", "th", "bhk", "btk", "bhv", "bt", "t",
     "k", "thv",
@@ -186,8 +185,6 @@ def _part(draw: Draw, make: Callable[..., Any], *arguments: Any) -> Any:
 
 def drawn_spec(draw: Draw, norms: bool = True) -> Spec:
     """The rules of the language decide what may follow: a phase excludes taylor, and so on."""
-    if one_of(draw, SELDOM):
-        return _declared(draw, draw(_part(_vector)))
     axes, decay = draw(_part(_decay))
     per_key, per_value = "k" in axes, "v" in axes
     found: dict[str, Any] = {} if decay is None else {"log_decay": decay}
@@ -205,20 +202,6 @@ def drawn_spec(draw: Draw, norms: bool = True) -> Spec:
     if found.get("normalize") in HOMOGENEOUS and not per_key and not found.keys() & {"bonus", "feature_map"}:
         found |= draw(_part(_gate, found["key"]))
     return _declared(draw, found)
-
-
-def _vector(draw: Draw) -> dict[str, Any]:
-    """The roles of a vector state, over some of b t d."""
-    found: dict[str, Any] = {"value": exprs.signed(draw, "btd"), "scale": one_of(draw, (None, None, 1, 0.3))}
-    axes = one_of(draw, ("btd", None, "btd", *exprs.subsets("btd")))
-    if axes is not None:
-        found["log_decay"] = exprs.log_decay(draw, axes)
-    for role in ("query", "key"):
-        if draw(st.booleans()):
-            found[role] = exprs.signed(draw, one_of(draw, ("btd", *exprs.subsets("btd"))))
-    if one_of(draw, RARELY):
-        found["phase"] = exprs.signed(draw, one_of(draw, ("btd", *exprs.subsets("btd"))))
-    return found
 
 
 def _decay(draw: Draw) -> tuple[str, Expr | None]:
