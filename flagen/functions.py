@@ -281,6 +281,8 @@ def _triton(expr: Expr, names: Mapping[Expr, str]) -> tuple[str, int]:
     if expr.function == "pow":
         base, exponent = expr.args
         result = _triton_power(base, exponent, names)
+    elif (argument := _of_elu_and_one(expr)) is not None:
+        result = ELU_AND_ONE.format(_triton(argument, names)[0]), LEVELS["add"]
     else:
         args = [_triton(arg, names) for arg in expr.args]
         if expr.function in FUNCTIONS:
@@ -295,6 +297,18 @@ def _triton(expr: Expr, names: Mapping[Expr, str]) -> tuple[str, int]:
     if len(result[0]) > MAX_TRITON_TEXT:
         raise SpecError(f"an expression grew beyond {MAX_TRITON_TEXT} characters of kernel text; use smaller powers")
     return result
+
+
+# without a difference that 1 then takes back: fewer operations, and accurate for large negative numbers
+ELU_AND_ONE = "tl.maximum({0}, 0.0) + tl.exp(tl.minimum({0}, 0.0))"
+
+
+def _of_elu_and_one(expr: Call) -> Expr | None:
+    """x where the expression is elu(x) + 1."""
+    if expr.function != "add" or Number(1) not in expr.args:
+        return None
+    other = expr.args[1 - expr.args.index(Number(1))]
+    return other.args[0] if isinstance(other, Call) and other.function == "elu" else None
 
 
 def _parenthesised(operand: tuple[str, int], level: int) -> str:

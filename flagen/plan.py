@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from . import plan_rows
 from .analysis import Analysis
 from .errors import PlanError
 from .expr import Expr, Input, Number
 from .functions import triton_text
 from .plan_erase import ErasePlan
-from .plan_kernels import kernels_of
+from .plan_kernels import described, kernels_of
 from .plan_parts import Gradient, Held, Kernel, Role, TensorArg, Term, block_name, block_text, held, leaves, row_text
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ class Plan(ErasePlan):
     @cached_property
     def inputs(self) -> tuple[TensorArg, ...]:
         return tuple(tensor for tensor in self.tensors if not tensor.is_constant)
+
+    def block_of(self, role: str, expr: Expr) -> Expr:
+        """What of a role's expression is evaluated as a block."""
+        return plan_rows.split_value(self)[1] if role == "value" else expr
 
     # --- decay
 
@@ -196,6 +201,17 @@ class Plan(ErasePlan):
     def value(self) -> Role:
         return self._role("value")
 
+    # what sweeps multiply weights by instead of blocks, and what kernels have prepared for them
+    swept = property(plan_rows.swept)
+    prepared, before = property(plan_rows.prepared), property(plan_rows.before)
+    value_rows, written = property(plan_rows.value_rows), property(plan_rows.written)
+    early_factor = property(plan_rows.early_factor)
+
+    @cached_property
+    def value_block(self) -> Role:
+        """The value without that factor."""
+        return self._role_of("value", plan_rows.split_value(self)[1])
+
     @cached_property
     def log_decay(self) -> Role | None:
         return self._role_if_given("log_decay")
@@ -222,6 +238,9 @@ class Plan(ErasePlan):
     def _role(self, name: str) -> Role:
         expr = self.analysis.role(name)
         assert expr is not None, name
+        return self._role_of(name, expr)
+
+    def _role_of(self, name: str, expr: Expr) -> Role:
         channel, time = self._role_block(name)
         identity = (
             block_name(expr.name)
@@ -326,12 +345,12 @@ class Plan(ErasePlan):
     @cached_property
     def adjoint_tensors(self) -> tuple[TensorArg, ...]:
         """What the adjoint's update needs: no key, no value."""
-        return self.tensors_of("query", "log_decay", "phase", "normalizer")
+        return self.tensors_of("query", "log_decay", "phase", *(() if self.sweeps else ("normalizer",)))
 
     def sweep_tensors(self, role: str) -> tuple[TensorArg, ...]:
         """What the sweep for the gradient of query, key or value reads: the other two, the decay and a bonus, and its
         own role's where a derivative or the decay's gradient needs it."""
-        roles = {"query", "key", "value", "log_decay", "gate", "bonus", "normalizer"} - {role}
+        roles = {"query", "key", "value", "log_decay", "gate", "bonus"} - {role}
         if role != "value" and (self.own_term or self.gradients_of("log_decay", "gate")):
             roles.add(role)
         names = {one.name for one in self.tensors_of(*roles)}
@@ -356,12 +375,7 @@ class Plan(ErasePlan):
         return self.erase_kernels if self.erase else kernels_of(self)
 
     def __str__(self) -> str:
-        lines = [f"plan of {self.name}", f"  decay: {self.decay}", f"  state: {' + '.join(self.state_names)}"]
-        lines += [f"  {role.name} = {role.text}" for role in self.roles]
-        for kernel in self.kernels:
-            lines.append(f"  {kernel.name} ({kernel.direction}): {kernel.when}")
-            lines.append(f"    reads {', '.join(kernel.reads)}; writes {', '.join(kernel.writes)}")
-        return "\n".join(lines)
+        return described(self)
 
 
 def make_plan(analysis: Analysis) -> Plan:

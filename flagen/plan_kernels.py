@@ -19,14 +19,17 @@ def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
     held = (*state, "m") if plan.stabilized else state
     keys = tuple(one.name for one in plan.state_tensors if not one.is_constant)
     queries = tuple(one.name for one in plan.adjoint_tensors if not one.is_constant)
+    decays = tuple(one.name for one in plan.tensors_of("log_decay") if not one.is_constant)
     return (
         *((plan.held.kernel(plan.name),) if plan.stabilized else ()),
+        *_prepared(plan, "gsum", decays, "the decay varies in time: its sums inside chunks"),
         Kernel(name=f"{plan.name}_fwd_kernel", direction="forward", reads=names, writes=("o", *state),
                when="always"),
         Kernel(name=f"{plan.name}_fwd_kernel", direction="forward", reads=keys, writes=state,
                when="the sequence is cut into pieces: their end states, from zero"),
         Kernel(name=f"{plan.name}_scan_kernel", direction="either", reads=state, writes=state,
                when="the sequence is cut into pieces: their true first states"),
+        *_prepared(plan, "norm", ("do", "o"), "a gradient is asked for: that of the normaliser"),
         Kernel(name=f"{plan.name}_bwd_state_kernel", direction="backward", reads=(*queries, "do"),
                writes=tuple(f"d{x}" for x in state), when="the backward is cut into pieces"),
         *_backward(plan),
@@ -81,3 +84,20 @@ def _of_vector(plan: Plan) -> tuple[Kernel, ...]:
         Kernel(name=f"{plan.name}_step_kernel", direction="one token", reads=(*names, "h"), writes=("o", "h"),
                when="decode"),
     )  # fmt: skip
+
+
+def _prepared(plan: Plan, name: str, reads: tuple[str, ...], when: str) -> tuple[Kernel, ...]:
+    writes = ("rden", "dden") if name == "norm" else (name,)
+    if writes[0] not in plan.before:
+        return ()
+    return (Kernel(name=f"{plan.name}_{name}_kernel", direction="either", reads=reads, writes=writes, when=when),)
+
+
+def described(plan: Plan) -> str:
+    """The plan as text of several lines."""
+    lines = [f"plan of {plan.name}", f"  decay: {plan.decay}", f"  state: {' + '.join(plan.state_names)}"]
+    lines += [f"  {role.name} = {role.text}" for role in plan.roles]
+    for kernel in plan.kernels:
+        lines.append(f"  {kernel.name} ({kernel.direction}): {kernel.when}")
+        lines.append(f"    reads {', '.join(kernel.reads)}; writes {', '.join(kernel.writes)}")
+    return "\n".join(lines)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = 256  # tokens between the states that the training forward keeps
 TILES = 3  # of a state over Taylor features of order 2
+STAGED = 200 << 10  # bytes of shared memory that three stages of chunks and a state of 128 x 128 take at the most
 STATE_ELEMENTS = 1 << 14  # of a program's block of the state: 64 KiB of registers in fp32
 PRECISIONS = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
 
@@ -176,6 +177,17 @@ def schedule(
         intra, bwd_intra = Tile(BT, 64, 4 if BK <= 128 else 8, 1), Tile(BT, min(64, 8192 // BK), 8, 1)
     whole = block(shape.V, triton)
     rows = sweep_tile(BT, BK, whole, low)
+    fwd_L = piece(shape, programs * -(-shape.V // fwd.BV), device, LC)
+    bwd_L = piece(shape, programs * -(-shape.V // bwd.BV), device, LC)
+    # these pieces begin at checkpoints and cost next to nothing: enough of them to fill the device evenly
+    dq_L = piece(shape, -(-programs * -(-shape.K // rows.BV) // 8), device, LC)
+    # with smaller states the pipeline of three stages gave wrong normalisers with Triton 3.6 on Hopper, and they moved
+    if plan.swept and not plan.stabilized and low and BT == 64 and BF == whole == 128 and device.shared >= STAGED:
+        parts, fwd_L = cut(shape, BT, LC, BF, BV, device, 1)
+        fwd = serial_tile(BT, BF, BV // parts)
+        parts, bwd_L = cut(shape, BT, LC, BF, BV, device, 2)
+        bwd, rows = serial_tile(BT, BF, BV // parts), serial_tile(BT, whole, BK // parts)
+        dq_L = even(shape, programs * -(-shape.K // rows.BV), BT, LC, device)
     return Schedule(
         fwd=fwd,
         bwd=bwd,
@@ -187,10 +199,9 @@ def schedule(
         BV=whole,
         BF=BF,
         LC=LC,
-        fwd_L=piece(shape, programs * -(-shape.V // fwd.BV), device, LC),
-        bwd_L=piece(shape, programs * -(-shape.V // bwd.BV), device, LC),
-        # these pieces begin at checkpoints and cost next to nothing: enough of them to fill the device evenly
-        dq_L=piece(shape, -(-programs * -(-shape.K // rows.BV) // 8), device, LC),
+        fwd_L=fwd_L,
+        bwd_L=bwd_L,
+        dq_L=dq_L,
         PARTS=1 if exact_decay and low else 2,
         DOT=tl.bfloat16 if low else tl.float32,
         # what erases rounds more often on the way to an output than fp16's tolerance has room for
@@ -238,6 +249,42 @@ def feature_tile(BF: int, widest: int, chunk_size: int | None, low: bool) -> Til
     by the side of them."""
     BT = chunk_size or max(16, min(64 if low else 32, (1 << 12) // BF))
     return Tile(BT, value_block(min(64, widest), BF * (TILES + 1), STATE_ELEMENTS), 4, 1)
+
+
+def serial_tile(BT: int, rows: int, columns: int) -> Tile:
+    """The tile of a serial kernel whose next chunks are loaded while it works on one: a program a multiprocessor."""
+    return Tile(BT, columns, 8 if rows * columns > STATE_ELEMENTS // 2 else 4, 3)
+
+
+def cut(shape: Shape, BT: int, LC: int, rows: int, widest: int, device: Device, passes: int) -> tuple[int, int]:
+    """Into how many blocks the columns of a state are cut, and tokens per piece of a sequence or 0: what takes the
+    least time on all multiprocessors. passes: kernels that follow the one for the states that pieces begin with."""
+    best, found = float("inf"), (1, 0)
+    for parts in (1, 2):
+        # a turn takes 0.6 us and 2.4 us for a state of 128 x 128 on an H200
+        turn = 1 + 4 * rows * (widest // parts) / STATE_ELEMENTS
+        programs = shape.N * shape.H * parts * -(-shape.V // widest)
+        for pieces in range(1, max(2, device.multiprocessors // programs + 1)):
+            tokens = -(-shape.T // pieces // LC) * LC if pieces > 1 else shape.T
+            pieces = -(-shape.T // tokens)
+            rounds = -(-programs * pieces // device.multiprocessors)
+            time = rounds * -(-tokens // BT) * turn * (passes + 0.7 * (pieces > 1))
+            time += 25 * (pieces > 1)  # the launches that pieces need
+            if time < best * 0.95:
+                best, found = time, (parts, tokens if pieces > 1 else 0)
+    return found
+
+
+def even(shape: Shape, programs: int, BT: int, LC: int, device: Device) -> int:
+    """Tokens per piece where pieces cost no more than the start of a program, about four turns; 0 for one piece."""
+    best, found = float("inf"), 0
+    for blocks in range(1, -(-shape.T // LC) + 1):
+        pieces = -(-shape.T // (blocks * LC))
+        rounds = -(-programs * pieces // device.multiprocessors)
+        time = rounds * (blocks * LC // BT + 4)
+        if time < best:
+            best, found = time, blocks * LC if pieces > 1 else 0
+    return found
 
 
 def piece(shape: Shape, programs: int, device: Device, LC: int) -> int:

@@ -44,6 +44,55 @@ def plus(b_x, b_y):
     return b_x - (-b_y)
 
 
+# For each row what the gradient of its output is multiplied by, rden, and the gradient of its normaliser, dden: [B, H, T]. A program owns a
+# head and BT tokens.
+@triton.jit(do_not_specialize=["T", "N", "NP"])
+def linear_norm_kernel(
+    do,
+    o,
+    den,
+    rden,
+    dden,
+    cu_seqlens,
+
+    do_sb,
+    do_st,
+    do_sh,
+    N,
+    T,
+    H,
+    NP,
+
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+):
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    i_p = tl.program_id(0) // H
+    i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, BT, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+
+    o_v = tl.arange(0, BV)
+    o_t = (i_start // BT).to(tl.int64) * BT + tl.arange(0, BT)
+    o_row = (i_b * T + o_t) * H + i_h
+    m_t = (o_t >= i_start) & (o_t < i_end)
+    m_tv = m_t[:, None] & (o_v < V)[None, :]
+    # [BT, BV]
+    p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+    b_do = tl.load(p_do, mask=m_tv, other=0.0).to(tl.float32)
+    b_o = tl.load(o + (o_row[:, None] * V + o_v[None, :]), mask=m_tv, other=0.0).to(tl.float32)
+
+
+    # [BT]
+    b_n = tl.load(den + o_row, mask=m_t, other=1.0)
+    b_rn = 1.0 / (b_n + 1e-06)
+    b_dn = -tl.sum(b_do * b_o, 1) * b_rn * (1.0)
+    o_head = (i_b * H + i_h) * T + o_t
+    tl.store(rden + o_head, b_rn, mask=m_t)
+    tl.store(dden + o_head, b_dn, mask=m_t)
+
+
 # A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
 #   S_t = S_{t-1} + (elu(k_t) + 1) v_t^T,  o_t = scale * (elu(q_t) + 1)^T S_t / (n + 1e-06),  n = the numerator with value 1
 # With o=None it only carries the state: the first of two passes over a sequence that is cut into pieces.
@@ -127,7 +176,7 @@ def linear_fwd_kernel(
     b_z = tl.zeros([BF], dtype=tl.float32)
     if h0 is not None:
         i_s = i_ph if PIECES else i_nh
-        p_h0 = h0 + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h0 = h0 + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
         b_z = tl.load(z0 + i_s * F + o_f, mask=m_f, other=0.0)
 
@@ -135,78 +184,79 @@ def linear_fwd_kernel(
     b_D = tl.where(o_i[:, None] >= o_i[None, :], scale, 0.0)
 
 
-    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
-        i_t = i_c * BT
-        i_lo = tl.maximum(i_start - i_t, 0)
-        n_t = tl.minimum(i_end - i_t, BT) - i_lo
-        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-        i_t = i_t.to(tl.int64)
-        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-        o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
-        m_tk = m_t[:, None] & m_k[None, :]
-        m_tv = m_t[:, None] & m_v[None, :]
+    # from one checkpoint to the next: a store inside the inner loop would take registers in each of its turns
+    for i_l in range(i_start // LC, tl.cdiv(i_end, LC) if hc is not None else i_start // LC + 1):
+        i_next = i_end
         if hc is not None:
-            if (i_t % LC == 0) | (i_t <= i_start):
-                i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
-                if i_v == 0:
-                    tl.store(zc + i_s * F + o_f, b_z, mask=m_f)
-
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0)
-        # [BT, BK]
-        b_key = tl.where(m_tk, tl.where(b_k > 0.0, b_k, tl.exp(tl.minimum(b_k, 0.0)) - 1.0) + 1.0, 0.0)
-        b_value = b_v
-
-
-        if o is not None:
+            i_next = tl.minimum(i_end, (i_l + 1) * LC)
+            i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+            p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
+            tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
+            if i_v == 0:
+                tl.store(zc + i_s * F + o_f, b_z, mask=m_f)
+        for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
+            i_t = i_c * BT
+            i_lo = tl.maximum(i_start - i_t, 0)
+            n_t = tl.minimum(i_end - i_t, BT) - i_lo
+            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+            i_t = i_t.to(tl.int64)
+            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+            o_t = i_t + o_i
+            o_row = (i_b * T + o_t) * H + i_h
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
             # [BT, BK]
-            b_query = tl.where(m_tk, tl.where(b_q > 0.0, b_q, tl.exp(tl.minimum(b_q, 0.0)) - 1.0) + 1.0, 0.0)
-
-            b_fq = b_query
-            b_qd = b_fq
-            # [BT, BT]
-            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
-            b_A = b_s * b_D
+            p_x = q + o_t[:, None] * q_st + o_k[None, :]
+            b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+            # [BT, BK]
+            p_x = k + o_t[:, None] * k_st + o_k[None, :]
+            b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
             # [BT, BV]
-            b_er = scale
-            b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
-            b_o *= b_er
-            # [BT]
-            b_n = tl.sum(b_qd.to(tl.float32) * b_z[None, :] * b_er, 1) + tl.sum(b_A, 1)
-            b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
-            if den is not None:
-                if i_v == 0:
-                    tl.store(den + o_row, b_n, mask=m_t)
-            b_o = b_o / (b_n + 1e-06)[:, None]
-            p_o = o + (o_row[:, None] * V + o_v[None, :])
-            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
-        b_fk = b_key
-        b_kd = b_fk
-        b_vd = b_value
-        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
-        b_z = b_z + tl.sum(b_kd.to(tl.float32), 0)
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0)
+            # [BT, BK]
+            b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp(tl.minimum(b_k, 0.0)), 0.0)
+            b_value = b_v
 
+
+            if o is not None:
+                # [BT, BK]
+                b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp(tl.minimum(b_q, 0.0)), 0.0)
+
+                b_fq = b_query
+                b_qd = b_fq
+                # [BT, BT]
+                b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+                b_A = b_s * b_D
+                # [BT, BV]
+                b_er = scale
+                b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
+                b_o *= b_er
+                # [BT]
+                b_n = tl.sum(b_qd.to(tl.float32) * b_z[None, :] * b_er, 1) + tl.sum(b_A, 1)
+                b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
+                if den is not None:
+                    if i_v == 0:
+                        tl.store(den + o_row, b_n, mask=m_t)
+                b_o *= (1.0 / (b_n + 1e-06))[:, None]
+                p_o = o + (o_row[:, None] * V + o_v[None, :])
+                tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
+            b_fk = b_key
+            b_kd = b_fk
+            b_vd = b_value
+            b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
+            b_z = b_z + tl.sum(b_kd.to(tl.float32), 0)
 
     if ht is not None:
         if PIECES and o is None:
-            p_ht = ht + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_ht = ht + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
             tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
             if i_v == 0:
                 tl.store(zt + i_ph * F + o_f, b_z, mask=m_f)
 
         else:
             if is_last:
-                p_ht = ht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+                p_ht = ht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
                 tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
                 if i_v == 0:
                     tl.store(zt + i_nh * F + o_f, b_z, mask=m_f)
@@ -255,7 +305,7 @@ def linear_scan_kernel(
     b_h = tl.zeros([BF, BV], dtype=tl.float32)
     b_z = tl.zeros([BF], dtype=tl.float32)
     if h0 is not None:
-        p_h0 = h0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h0 = h0 + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
         b_z = tl.load(z0 + i_nh * F + o_f, mask=m_f, other=0.0)
     for i in range(n_p):
@@ -284,10 +334,9 @@ def linear_scan_kernel(
 def linear_bwd_state_kernel(
     q,
     do,
-    o,
-    den,
+    rden,
+    dden,
     dz,
-    dz_sp,
     dh,
     cu_seqlens,
     scale,
@@ -326,6 +375,10 @@ def linear_bwd_state_kernel(
     i_ph = i_p.to(tl.int64) * H + i_h
     q += i_b * q_sb
     q += (i_h // G_q) * q_sh
+    if rden is not None:
+        rden += (i_b * H + i_h) * T
+    if dden is not None:
+        dden += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -351,14 +404,13 @@ def linear_bwd_state_kernel(
         i_t = i_t.to(tl.int64)
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # [BT, BK]
         p_x = q + o_t[:, None] * q_st + o_k[None, :]
         b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
         # [BT, BK]
-        b_query = tl.where(m_tk, tl.where(b_q > 0.0, b_q, tl.exp(tl.minimum(b_q, 0.0)) - 1.0) + 1.0, 0.0)
+        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp(tl.minimum(b_q, 0.0)), 0.0)
 
 
         b_fq = b_query
@@ -366,22 +418,20 @@ def linear_bwd_state_kernel(
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
-        p_o = o + (o_row[:, None] * V + o_v[None, :])
-        b_o = tl.load(p_o, mask=m_tv, other=0.0).to(tl.float32)
         # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_do = tl.where(m_tv, b_do.to(tl.float32) / (b_n + 1e-06)[:, None], 0.0)
-        b_dn = -tl.sum(b_do * b_o, 1) * (1.0)
+        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
+        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
         b_er = scale
-        b_dod = b_do * b_er
+        b_dod = b_do * (b_er * b_rn[:, None])
         b_dnd = b_dn[:, None] * b_er
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
         b_dz = b_dz + tl.sum(b_qd.to(tl.float32) * b_dnd, 0)
 
 
-    p_dh = dh + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+    p_dh = dh + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
     tl.store(p_dh, b_dh.to(dh.dtype.element_ty), mask=m_fv)
-    tl.store(dz + ((i_v.to(tl.int64) * dz_sp) // F + i_ph) * F + o_f, b_dz, mask=m_f)
+    if i_v == 0:
+        tl.store(dz + i_ph * F + o_f, b_dz, mask=m_f)
 
 
 # The three sweeps of a backward without a decay per channel: each is the forward's pass with other roles, so that its programs hold
@@ -396,8 +446,8 @@ def linear_dq_kernel(
     k,
     v,
     do,
-    o,
-    den,
+    rden,
+    dden,
     zc,
     hc,
     dq,
@@ -454,6 +504,10 @@ def linear_dq_kernel(
     k += (i_h // G_k) * k_sh
     v += i_b * v_sb
     v += (i_h // G_v) * v_sh
+    if rden is not None:
+        rden += (i_b * H + i_h) * T
+    if dden is not None:
+        dden += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -466,7 +520,7 @@ def linear_dq_kernel(
 
     i_t = i_start.to(tl.int64)
     i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-    p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+    p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
     b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
     b_z = tl.load(zc + i_s * F + o_f, mask=m_f, other=0.0)
 
@@ -496,29 +550,26 @@ def linear_dq_kernel(
         b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT, BK]
         # [BT, BK]
-        b_key = tl.where(m_tk, tl.where(b_k > 0.0, b_k, tl.exp(tl.minimum(b_k, 0.0)) - 1.0) + 1.0, 0.0)
+        b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp(tl.minimum(b_k, 0.0)), 0.0)
         b_value = b_v
 
 
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
-        p_o = o + (o_row[:, None] * V + o_v[None, :])
-        b_o = tl.load(p_o, mask=m_tv, other=0.0).to(tl.float32)
         # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_do = tl.where(m_tv, b_do.to(tl.float32) / (b_n + 1e-06)[:, None], 0.0)
-        b_dn = -tl.sum(b_do * b_o, 1) * (1.0)
+        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
+        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
         b_er = scale
         # [BT, BT]
         b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        b_dA += b_dn[:, None]
+        b_dA = b_dA * b_rn[:, None] + b_dn[:, None]
 
         b_dA = (b_dA * b_D).to(DOT)
         # [BT, BK]
         b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
         b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
-        b_dfq += b_dn[:, None] * b_z[None, :]
+        b_dfq = b_dfq * b_rn[:, None] + b_dn[:, None] * b_z[None, :]
         b_dquery = plus(b_dquery, b_dfq * b_er)
         if dq is not None:
             b_dq_ = b_dquery * (tl.exp(tl.minimum(b_q, 0.0)))
@@ -527,7 +578,7 @@ def linear_dq_kernel(
         # the decay stands on the side of which a program has a block
         b_kd = b_key
         b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
-        b_z = b_z + tl.sum(b_kd.to(tl.float32), 0)
+        b_z = b_z + tl.sum(b_key.to(tl.float32), 0)
 
 
 # Of what keys use, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
@@ -538,8 +589,8 @@ def linear_dk_kernel(
     k,
     v,
     do,
-    o,
-    den,
+    rden,
+    dden,
     zc,
     dzt,
     dzp,
@@ -604,6 +655,10 @@ def linear_dk_kernel(
     k += (i_h // G_k) * k_sh
     v += i_b * v_sb
     v += (i_h // G_v) * v_sh
+    if rden is not None:
+        rden += (i_b * H + i_h) * T
+    if dden is not None:
+        dden += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -618,17 +673,17 @@ def linear_dk_kernel(
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     b_dz = tl.zeros([BF], dtype=tl.float32)
     if dhp is not None:
-        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_dhp = dhp + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
         b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
         b_dz = tl.load(dzp + i_ph * F + o_f, mask=m_f, other=0.0)
     else:
         if dht is not None:
-            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dht = dht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
             b_dz = tl.load(dzt + i_nh * F + o_f, mask=m_f, other=0.0)
 
-    # [BT, BT]
-    b_D = tl.where(o_i[:, None] >= o_i[None, :], scale, 0.0)
+    # [BT, BT], keys as rows
+    b_D = tl.where(o_i[None, :] >= o_i[:, None], scale, 0.0)
 
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
@@ -654,7 +709,7 @@ def linear_dk_kernel(
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
         b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT, BK]
-        b_query = tl.where(m_tk, tl.where(b_q > 0.0, b_q, tl.exp(tl.minimum(b_q, 0.0)) - 1.0) + 1.0, 0.0)
+        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp(tl.minimum(b_q, 0.0)), 0.0)
         # [BT, BK]
         b_value = b_v
 
@@ -662,35 +717,33 @@ def linear_dk_kernel(
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
-        p_o = o + (o_row[:, None] * V + o_v[None, :])
-        b_o = tl.load(p_o, mask=m_tv, other=0.0).to(tl.float32)
         # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_do = tl.where(m_tv, b_do.to(tl.float32) / (b_n + 1e-06)[:, None], 0.0)
-        b_dn = -tl.sum(b_do * b_o, 1) * (1.0)
+        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
+        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
         b_er = scale
+        b_dnd = b_dn[:, None] * b_er
         # [BT, BT]
-        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        b_dA += b_dn[:, None]
+        b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
+        b_dA = b_dA * b_rn[None, :] + b_dn[None, :]
 
         b_dA = (b_dA * b_D).to(DOT)
         # [BT, BK]
-        b_dkey = tl.dot(tl.trans(b_dA), b_query.to(DOT), input_precision=PRECISION)
+        b_dkey = tl.dot(b_dA, b_query.to(DOT), input_precision=PRECISION)
         b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
-        b_dfk += b_dz[None, :]
+        b_dfk = b_dfk + b_dz[None, :]
         b_dkey = plus(b_dkey, b_dfk)
         if dk is not None:
             b_dk_ = b_dkey * (tl.exp(tl.minimum(b_k, 0.0)))
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-        b_qd = b_query * b_er
+        b_qd = b_query * (b_er * b_rn[:, None])
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_do.to(DOT), b_dh, input_precision=PRECISION)
-        b_dz = b_dz + tl.sum(b_qd * b_dn[:, None], 0)
+        b_dz = b_dz + tl.sum(b_query * b_dnd, 0)
 
 
     if dh0 is not None:
         if is_first:
-            p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dh0 = dh0 + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
             tl.store(dz0 + i_nh * F + o_f, b_dz, mask=m_f)
 
@@ -702,7 +755,8 @@ def linear_dv_kernel(
     k,
     v,
     do,
-    den,
+    rden,
+    dden,
     dht,
     dhp,
     dv,
@@ -761,6 +815,10 @@ def linear_dv_kernel(
     k += (i_h // G_k) * k_sh
     v += i_b * v_sb
     v += (i_h // G_v) * v_sh
+    if rden is not None:
+        rden += (i_b * H + i_h) * T
+    if dden is not None:
+        dden += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -774,15 +832,15 @@ def linear_dv_kernel(
     # [BF, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     if dhp is not None:
-        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_dhp = dhp + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
         b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
     else:
         if dht is not None:
-            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dht = dht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
 
-    # [BT, BT]
-    b_D = tl.where(o_i[:, None] >= o_i[None, :], scale, 0.0)
+    # [BT, BT], keys as rows
+    b_D = tl.where(o_i[None, :] >= o_i[:, None], scale, 0.0)
 
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
@@ -805,25 +863,25 @@ def linear_dv_kernel(
         p_x = k + o_t[:, None] * k_st + o_k[None, :]
         b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
         # [BT, BK]
-        b_query = tl.where(m_tk, tl.where(b_q > 0.0, b_q, tl.exp(tl.minimum(b_q, 0.0)) - 1.0) + 1.0, 0.0)
+        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp(tl.minimum(b_q, 0.0)), 0.0)
         # [BT, BK]
-        b_key = tl.where(m_tk, tl.where(b_k > 0.0, b_k, tl.exp(tl.minimum(b_k, 0.0)) - 1.0) + 1.0, 0.0)
+        b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp(tl.minimum(b_k, 0.0)), 0.0)
 
 
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_do = tl.where(m_tv, b_do.to(tl.float32) / (b_n + 1e-06)[:, None], 0.0)
+        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
         b_er = scale
-        b_dod = b_do * b_er
+        b_dod = b_do * (b_er * b_rn[:, None])
         # [BT, BT]
-        b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+        b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
         b_A = b_s * b_D
+        b_A *= b_rn[None, :]
         # [BT, BV]
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-        b_dvalue = tl.dot(tl.trans(b_A.to(DOT)), b_do.to(DOT), input_precision=PRECISION)
+        b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), input_precision=PRECISION)
         b_dvalue = plus(b_dvalue, b_dvi)
         if dv is not None:
             b_dv_ = b_dvalue
@@ -902,10 +960,10 @@ def linear_step_kernel(
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
         b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT, BK]
-        b_key = tl.where(m_tk, tl.where(b_k > 0.0, b_k, tl.exp(tl.minimum(b_k, 0.0)) - 1.0) + 1.0, 0.0)
+        b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp(tl.minimum(b_k, 0.0)), 0.0)
         b_value = b_v
         # [BT, BK]
-        b_query = tl.where(m_tk, tl.where(b_q > 0.0, b_q, tl.exp(tl.minimum(b_q, 0.0)) - 1.0) + 1.0, 0.0)
+        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp(tl.minimum(b_q, 0.0)), 0.0)
 
         # [BK] and [BV]
         b_key = tl.sum(b_key.to(tl.float32), 0)
@@ -914,7 +972,7 @@ def linear_step_kernel(
         b_fk = b_key
         b_fq = b_query * scale
         # [BF, BV]
-        p_h = h + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h = h + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h, mask=m_fv, other=0.0).to(tl.float32)
         b_h = b_h + b_fk[:, None] * b_value[None, :]
         b_zt = b_z + b_fk
@@ -1075,21 +1133,20 @@ def scan(h, h0, z, z0, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def adjoints(q, do, o, den, dht, dzt, cu_seqlens, scale, s, shape):
-    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens; of the sums [parts, rows, H, F]."""
+def adjoints(q, do, rden, dden, dht, dzt, cu_seqlens, scale, s, shape):
+    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens; of the sums [rows, H, F]."""
     N, T, H, K, V, F = shape
     t = s.bwd
     NP, rows = pieces(cu_seqlens, N, T, s.bwd_L)
     NV = triton.cdiv(V, t.BV)
     dhp = state(rows, H, F, V, do)
-    dzp = torch.empty(NV, rows, H, F, dtype=torch.float32, device=do.device)
+    dzp = torch.empty(rows, H, F, dtype=torch.float32, device=do.device)
     linear_bwd_state_kernel[(rows * H * NV,)](
         q,
         do=do,
-        o=o,
-        den=den,
+        rden=rden,
+        dden=dden,
         dz=dzp,
-        dz_sp=dzp[0].numel(),
         dh=dhp,
         cu_seqlens=cu_seqlens,
         scale=scale,
@@ -1181,38 +1238,35 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         NEED_BONUS=False,
     )
     parts = [[] for _ in needs]
-    if any((needs[0],)) or need_decay:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        t = s.rows
-        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
-        linear_dq_kernel[(rows * H * NK,)](
-            q, k, v,
-            do=do,
-            o=o,
-            den=den,
-            zc=zc,
-            hc=hc,
-            dq=dq,
-            dq_sp=dq_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=t.BV,
-            BV=s.BV,
-            BF=t.BV,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
-        parts[0].append((dq, s.dq_L))
+    rden = torch.empty(B, H, T, dtype=torch.float32, device=like.device)
+    dden = torch.empty_like(rden)
+    NP, rows = pieces(cu_seqlens, N, T, 32)
+    linear_norm_kernel[(rows * H,)](
+        do,
+        o,
+        den,
+        rden,
+        dden,
+
+        cu_seqlens,
+        do_sb=do.stride(0),
+        do_st=do.stride(1),
+        do_sh=do.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        NP=NP,
+        V=V,
+        BT=32,
+        BV=s.BV,
+        num_warps=4,
+    )
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
     dzp = dz0 = None
     if s.bwd_L:
-        dhp, dzp = adjoints(q, do, o, den, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
-        dzp = dzp.sum(0)
+        dhp, dzp = adjoints(q, do, rden, dden, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
     if any((needs[1],)) or need_decay or initial:
         dh0 = state(N, H, F, V, like) if initial else None
         dz0 = torch.empty(N, H, F, dtype=torch.float32, device=like.device) if initial else None
@@ -1221,8 +1275,8 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         linear_dk_kernel[(rows * H * NK,)](
             q, k, v,
             do=do,
-            o=o,
-            den=den,
+            rden=rden,
+            dden=dden,
             zc=zc,
             dzt=dzt,
             dzp=dzp,
@@ -1250,7 +1304,8 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         linear_dv_kernel[(rows * H * NV,)](
             q, k, v,
             do=do,
-            den=den,
+            rden=rden,
+            dden=dden,
             dht=dht,
             dhp=dhp,
             dv=dv,
@@ -1266,6 +1321,31 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
             **common,
         )
         parts[2].append((dv, s.bwd_L))
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        linear_dq_kernel[(rows * H * NK,)](
+            q, k, v,
+            do=do,
+            rden=rden,
+            dden=dden,
+            zc=zc,
+            hc=hc,
+            dq=dq,
+            dq_sp=dq_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[0].append((dq, s.dq_L))
     return parts, dh0, dz0
 
 

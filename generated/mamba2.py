@@ -7,6 +7,8 @@ import triton.language as tl
 
 # natural log of a step's decay below which the decay is exactly 0 in fp32
 DECAY_FLOOR = tl.constexpr(-128.0)
+LN2 = tl.constexpr(0.6931471805599453)
+RCP_LN2 = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -61,6 +63,45 @@ def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISIO
     return tl.dot(m_steps.to(tl.float32), b_x, input_precision=SUM_PRECISION)
 
 
+# For each row the log2 of the decay since its chunk's start: gsum [B, H, T]. A program owns a head and the LC tokens of a checkpoint.
+@triton.jit(do_not_specialize=["T", "N", "NP"])
+def mamba2_gsum_kernel(
+    dt,
+    A_log,
+    gsum,
+    cu_seqlens,
+    dt_sb,
+    dt_st,
+    dt_sh,
+    A_log_sh,
+    N,
+    T,
+    H,
+    NP,
+    G_dt: tl.constexpr,
+    G_A_log: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+):
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    i_p = tl.program_id(0) // H
+    i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, LC, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    dt += i_b * dt_sb
+    dt += (i_h // G_dt) * dt_sh
+    A_log += (i_h // G_A_log) * A_log_sh
+    b_A_log = tl.load(A_log).to(tl.float32)
+    o_t = (i_start // LC).to(tl.int64) * LC + tl.arange(0, LC)
+    m_t = (o_t >= i_start) & (o_t < i_end)
+    # [BT]
+    b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
+    # [BT]
+    b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+    b_c = tl.reshape(tl.cumsum(tl.reshape(b_ld * RCP_LN2, [LC // BT, BT]), 1), [LC])
+    tl.store(gsum + (i_b * H + i_h) * T + o_t, b_c, mask=m_t)
+
+
 # A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
 #   S_t = exp(-exp(A_log) * dt_t) S_{t-1} + k_t (v_t * dt_t)^T,  o_t = scale * q_t^T S_t
 # With o=None it only carries the state: the first of two passes over a sequence that is cut into pieces.
@@ -77,6 +118,7 @@ def mamba2_fwd_kernel(
     ht,
     hc,
     gt,
+    gsum,
     cu_seqlens,
     scale,
     q_sb,
@@ -137,6 +179,8 @@ def mamba2_fwd_kernel(
     dt += i_b * dt_sb
     dt += (i_h // G_dt) * dt_sh
     A_log += (i_h // G_A_log) * A_log_sh
+    if gsum is not None:
+        gsum += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -153,91 +197,98 @@ def mamba2_fwd_kernel(
     b_h = tl.zeros([BF, BV], dtype=tl.float32)
     if h0 is not None:
         i_s = i_ph if PIECES else i_nh
-        p_h0 = h0 + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h0 = h0 + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
     b_A_log = tl.load(A_log).to(tl.float32)
 
     b_gt = 0.0
 
-    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
-        i_t = i_c * BT
-        i_lo = tl.maximum(i_start - i_t, 0)
-        n_t = tl.minimum(i_end - i_t, BT) - i_lo
-        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-        i_t = i_t.to(tl.int64)
-        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-        o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
-        m_tk = m_t[:, None] & m_k[None, :]
-        m_tv = m_t[:, None] & m_v[None, :]
+    # from one checkpoint to the next: a store inside the inner loop would take registers in each of its turns
+    for i_l in range(i_start // LC, tl.cdiv(i_end, LC) if hc is not None else i_start // LC + 1):
+        i_next = i_end
         if hc is not None:
-            if (i_t % LC == 0) | (i_t <= i_start):
-                i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
-
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
-        # [BT]
-        b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
-        b_key = b_k
-        # [BT, BV]
-        b_value = tl.where(m_tv, b_v * b_dt[:, None], 0.0)
-        # [BT]
-        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
-        if DOT == tl.bfloat16:
-            b_ek = tl.exp(tl.sum(b_ld, 0) - b_c)
-        else:
-            b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
-        b_en = tl.exp(tl.sum(b_ld, 0))
-        if o is not None:
-            b_query = b_q
-            if DOT == tl.bfloat16:
-                b_eq = tl.exp(b_c)
-            else:
-                b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
-            b_fq = b_query
-            b_qd = b_fq
-            # [BT, BT]
-            m_pair = o_i[:, None] >= o_i[None, :]
-            if DOT == tl.bfloat16:
-                # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-                b_D = tl.exp((b_c)[:, None] - b_c[None, :])
-            else:
-                b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
-            b_D = tl.where(m_pair, b_D * scale, 0.0)
-            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
-            b_A = b_s * b_D
+            i_next = tl.minimum(i_end, (i_l + 1) * LC)
+            i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+            p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
+            tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
+        for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
+            i_t = i_c * BT
+            i_lo = tl.maximum(i_start - i_t, 0)
+            n_t = tl.minimum(i_end - i_t, BT) - i_lo
+            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+            i_t = i_t.to(tl.int64)
+            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+            o_t = i_t + o_i
+            o_row = (i_b * T + o_t) * H + i_h
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
+            # [BT, BK]
+            p_x = q + o_t[:, None] * q_st + o_k[None, :]
+            b_q = tl.load(p_x, mask=m_tk, other=0.0)
+            # [BT, BK]
+            p_x = k + o_t[:, None] * k_st + o_k[None, :]
+            b_k = tl.load(p_x, mask=m_tk, other=0.0)
             # [BT, BV]
-            b_er = (b_eq * scale)[:, None]
-            b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
-            b_o *= b_er
-            b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
-            p_o = o + (o_row[:, None] * V + o_v[None, :])
-            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
-        b_fk = b_key
-        b_kd = b_fk
-        b_vd = b_value * b_ek[:, None]
-        b_h = b_h * b_en
-        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
-        b_gt += tl.sum(b_ld, 0)
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0)
+            # [BT]
+            b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
+            b_key = b_k
+            b_value = b_v
+            # [BT]: what each row of the value is multiplied by
+            b_vf = tl.where(m_t, b_dt, 0.0)
+            # [BT]
+            if gsum is not None:
+                p_c = gsum + i_t
+                i_e = i_lo + n_t - 1
+                b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
+                b_cr = b_c
+                b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+            else:
+                # [BT]
+                b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+            if gsum is not None:
+                b_ek = tl.exp2(b_ce - b_c)
+            else:
+                b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
+            b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
+            if o is not None:
+                b_query = b_q
+                b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
+                b_fq = b_query
+                b_qd = b_fq
+                # [BT, BT]
+                m_pair = o_i[:, None] >= o_i[None, :]
+                if gsum is not None:
+                    # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+                    b_D = tl.exp2(b_cr[:, None] - b_c[None, :])
+                else:
+                    b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
+                b_D = tl.where(m_pair, b_D * (b_vf * scale)[None, :], 0.0)
+                b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+                b_A = b_s * b_D
+                # [BT, BV]
+                b_er = (b_eq * scale)[:, None]
+                b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
+                b_o *= b_er
+                b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
+                p_o = o + (o_row[:, None] * V + o_v[None, :])
+                tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
+            b_fk = b_key
+            b_kd = b_fk
+            b_vd = b_value * (b_ek * b_vf)[:, None]
+            b_h = b_h * b_en
+            b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
+            b_gt += tl.sum(b_ld, 0) if gsum is None else b_ce * LN2
 
     if ht is not None:
         if PIECES and o is None:
-            p_ht = ht + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_ht = ht + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
             tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
             tl.store(gt + i_ph, b_gt)
         else:
             if is_last:
-                p_ht = ht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+                p_ht = ht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
                 tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
 
 
@@ -281,7 +332,7 @@ def mamba2_scan_kernel(
     m_fv = m_f[:, None] & (o_v < V)[None, :]
     b_h = tl.zeros([BF, BV], dtype=tl.float32)
     if h0 is not None:
-        p_h0 = h0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h0 = h0 + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
     for i in range(n_p):
         i_ph = (i_p0 + (n_p - 1 - i if REVERSE else i)) * H + i_h
@@ -302,6 +353,7 @@ def mamba2_bwd_state_kernel(
     do,
     dh,
     gt,
+    gsum,
     cu_seqlens,
     scale,
     q_sb,
@@ -348,6 +400,8 @@ def mamba2_bwd_state_kernel(
     dt += i_b * dt_sb
     dt += (i_h // G_dt) * dt_sh
     A_log += (i_h // G_A_log) * A_log_sh
+    if gsum is not None:
+        gsum += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -382,13 +436,17 @@ def mamba2_bwd_state_kernel(
         b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
         b_query = b_q
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
-        if DOT == tl.bfloat16:
-            b_eq = tl.exp(b_c)
+        if gsum is not None:
+            p_c = gsum + i_t
+            i_e = i_lo + n_t - 1
+            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
+            b_cr = b_c
+            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
         else:
-            b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
-        b_en = tl.exp(tl.sum(b_ld, 0))
+            # [BT]
+            b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
+        b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         b_fq = b_query
         b_qd = b_fq
         # [BT, BV]
@@ -398,9 +456,9 @@ def mamba2_bwd_state_kernel(
         b_dod = b_do * b_er
         b_dh = b_dh * b_en
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
-        b_gt += tl.sum(b_ld, 0)
+        b_gt += tl.sum(b_ld, 0) if gsum is None else b_ce * LN2
 
-    p_dh = dh + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+    p_dh = dh + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
     tl.store(p_dh, b_dh.to(dh.dtype.element_ty), mask=m_fv)
     tl.store(gt + i_ph, b_gt)
 
@@ -419,6 +477,7 @@ def mamba2_dq_kernel(
     dt,
     A_log,
     do,
+    gsum,
     hc,
     qdq,
     qdq_sp,
@@ -485,6 +544,8 @@ def mamba2_dq_kernel(
     dt += i_b * dt_sb
     dt += (i_h // G_dt) * dt_sh
     A_log += (i_h // G_A_log) * A_log_sh
+    if gsum is not None:
+        gsum += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -499,7 +560,7 @@ def mamba2_dq_kernel(
 
     i_t = i_start.to(tl.int64)
     i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-    p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+    p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
     b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
     b_A_log = tl.load(A_log).to(tl.float32)
 
@@ -523,25 +584,30 @@ def mamba2_dq_kernel(
         b_k = tl.load(p_x, mask=m_tk, other=0.0)
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT]
         b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
         b_query = b_q
         b_key = b_k
-        # [BT, BV]
-        b_value = tl.where(m_tv, b_v * b_dt[:, None], 0.0)
+        b_value = b_v
+        # [BT]: what each row of the value is multiplied by
+        b_vf = tl.where(m_t, b_dt, 0.0)
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
-        if DOT == tl.bfloat16:
-            b_eq = tl.exp(b_c)
+        if gsum is not None:
+            p_c = gsum + i_t
+            i_e = i_lo + n_t - 1
+            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
+            b_cr = b_c
+            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
         else:
-            b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
-        if DOT == tl.bfloat16:
-            b_ek = tl.exp(tl.sum(b_ld, 0) - b_c)
+            # [BT]
+            b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
+        if gsum is not None:
+            b_ek = tl.exp2(b_ce - b_c)
         else:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
-        b_en = tl.exp(tl.sum(b_ld, 0))
+        b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
@@ -549,12 +615,12 @@ def mamba2_dq_kernel(
         # [BT, BT]
         b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
         m_pair = o_i[:, None] >= o_i[None, :]
-        if DOT == tl.bfloat16:
+        if gsum is not None:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp((b_c)[:, None] - b_c[None, :])
+            b_D = tl.exp2(b_cr[:, None] - b_c[None, :])
         else:
             b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
-        b_D = tl.where(m_pair, b_D * scale, 0.0)
+        b_D = tl.where(m_pair, b_D * (b_vf * scale)[None, :], 0.0)
         b_dA = (b_dA * b_D).to(DOT)
         # [BT, BK]
         b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
@@ -569,7 +635,7 @@ def mamba2_dq_kernel(
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
         # the decay stands on the side of which a program has a block
-        b_kd = b_key * b_ek[:, None]
+        b_kd = b_key * (b_ek * b_vf)[:, None]
         b_h *= b_en
         b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
 
@@ -584,6 +650,7 @@ def mamba2_dk_kernel(
     dt,
     A_log,
     do,
+    gsum,
     hc,
     dht,
     dhp,
@@ -657,6 +724,8 @@ def mamba2_dk_kernel(
     dt += i_b * dt_sb
     dt += (i_h // G_dt) * dt_sh
     A_log += (i_h // G_A_log) * A_log_sh
+    if gsum is not None:
+        gsum += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -672,11 +741,11 @@ def mamba2_dk_kernel(
     # [BF, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     if dhp is not None:
-        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_dhp = dhp + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
         b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
     else:
         if dht is not None:
-            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dht = dht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
     b_A_log = tl.load(A_log).to(tl.float32)
 
@@ -702,43 +771,49 @@ def mamba2_dk_kernel(
         b_k = tl.load(p_x, mask=m_tk, other=0.0)
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT]
         b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
         b_query = b_q
         b_key = b_k
-        # [BT, BV]
-        b_value = tl.where(m_tv, b_v * b_dt[:, None], 0.0)
+        b_value = b_v
+        # [BT]: what each row of the value is multiplied by
+        b_vf = tl.where(m_t, b_dt, 0.0)
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
-        if DOT == tl.bfloat16:
-            b_eq = tl.exp(b_c)
+        if gsum is not None:
+            p_c = gsum + i_t
+            i_e = i_lo + n_t - 1
+            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
+            b_cr = b_c
+            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
         else:
-            b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
-        if DOT == tl.bfloat16:
-            b_ek = tl.exp(tl.sum(b_ld, 0) - b_c)
+            # [BT]
+            b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
+        if gsum is not None:
+            b_ek = tl.exp2(b_ce - b_c)
         else:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
-        b_en = tl.exp(tl.sum(b_ld, 0))
+        b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
         # [BT, BT]
-        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        m_pair = o_i[:, None] >= o_i[None, :]
-        if DOT == tl.bfloat16:
+        b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
+        m_pair = o_i[None, :] >= o_i[:, None]
+        if gsum is not None:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp((b_c)[:, None] - b_c[None, :])
+            b_D = tl.exp2(b_cr[None, :] - b_c[:, None])
         else:
             b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
-        b_D = tl.where(m_pair, b_D * scale, 0.0)
+            b_D = tl.trans(b_D)
+        b_D = tl.where(m_pair, b_D * (b_vf * scale)[:, None], 0.0)
         b_dA = (b_dA * b_D).to(DOT)
         # [BT, BK]
-        b_dkey = tl.dot(tl.trans(b_dA), b_query.to(DOT), input_precision=PRECISION)
+        b_dkey = tl.dot(b_dA, b_query.to(DOT), input_precision=PRECISION)
         b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
-        b_dkey = plus(b_dkey, b_dfk * b_ek[:, None])
+        b_dkey = plus(b_dkey, b_dfk * (b_ek * b_vf)[:, None])
         if NEED_DECAY:
             # [BT]
             b_x = tl.sum(b_key.to(tl.float32) * b_dkey, 1)
@@ -753,7 +828,7 @@ def mamba2_dk_kernel(
         if NEED_DECAY:
             if (i_t % LC == 0) | (i_t <= i_start):
                 i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+                p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
                 b_ch = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
                 b_all = tl.sum(tl.sum(b_ch * b_dh, 1), 0)
                 tl.store(hdh + i_k.to(tl.int64) * hdh_sp + i_s, b_all)
@@ -761,7 +836,7 @@ def mamba2_dk_kernel(
 
     if dh0 is not None:
         if is_first:
-            p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dh0 = dh0 + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
 
 
@@ -774,6 +849,7 @@ def mamba2_dv_kernel(
     dt,
     A_log,
     do,
+    gsum,
     dht,
     dhp,
     dv,
@@ -843,6 +919,8 @@ def mamba2_dv_kernel(
     dt += i_b * dt_sb
     dt += (i_h // G_dt) * dt_sh
     A_log += (i_h // G_A_log) * A_log_sh
+    if gsum is not None:
+        gsum += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -858,11 +936,11 @@ def mamba2_dv_kernel(
     # [BF, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     if dhp is not None:
-        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_dhp = dhp + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
         b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
     else:
         if dht is not None:
-            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dht = dht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
     b_A_log = tl.load(A_log).to(tl.float32)
 
@@ -888,41 +966,46 @@ def mamba2_dv_kernel(
         b_k = tl.load(p_x, mask=m_tk, other=0.0)
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT]
         b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
         b_query = b_q
         b_key = b_k
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
-        if DOT == tl.bfloat16:
-            b_eq = tl.exp(b_c)
+        if gsum is not None:
+            p_c = gsum + i_t
+            i_e = i_lo + n_t - 1
+            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
+            b_cr = b_c
+            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
         else:
-            b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
-        if DOT == tl.bfloat16:
-            b_ek = tl.exp(tl.sum(b_ld, 0) - b_c)
+            # [BT]
+            b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
+        if gsum is not None:
+            b_ek = tl.exp2(b_ce - b_c)
         else:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
-        b_en = tl.exp(tl.sum(b_ld, 0))
+        b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
         b_dod = b_do * b_er
         # [BT, BT]
-        m_pair = o_i[:, None] >= o_i[None, :]
-        if DOT == tl.bfloat16:
+        m_pair = o_i[None, :] >= o_i[:, None]
+        if gsum is not None:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp((b_c)[:, None] - b_c[None, :])
+            b_D = tl.exp2(b_cr[None, :] - b_c[:, None])
         else:
             b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
+            b_D = tl.trans(b_D)
         b_D = tl.where(m_pair, b_D * scale, 0.0)
-        b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+        b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
         b_A = b_s * b_D
         # [BT, BV]
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-        b_dvalue = tl.dot(tl.trans(b_A.to(DOT)), b_do.to(DOT), input_precision=PRECISION)
+        b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), input_precision=PRECISION)
         b_dvalue = plus(b_dvalue, b_dvi * b_ek[:, None])
         if dv is not None:
             b_dv_ = b_dvalue * (b_dt[:, None])
@@ -1092,7 +1175,7 @@ def mamba2_step_kernel(
         b_k = tl.load(p_x, mask=m_tk, other=0.0)
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT]
         b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
         b_key = b_k
@@ -1108,7 +1191,7 @@ def mamba2_step_kernel(
         b_fk = b_key
         b_fq = b_query * scale
         # [BF, BV]
-        p_h = h + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h = h + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h, mask=m_fv, other=0.0).to(tl.float32)
         b_en = tl.exp(tl.sum(b_ld, 0))
         b_h = b_h * b_en + b_fk[:, None] * b_value[None, :]
@@ -1149,6 +1232,35 @@ def pieces(cu_seqlens, N, T, L):
 def state(rows, H, F, V, like, dtype=torch.float32, make=torch.empty):
     """A state tensor [rows, H, F, V]."""
     return make(rows, H, F, V, dtype=dtype, device=like.device)
+
+
+def decays(dt, A_log, cu_seqlens, s, BT, shape):
+    """For each row the log2 of the decay since its chunk's start, [B, H, T] fp32; None where steps are summed exactly."""
+    N, T, H = shape
+    if s.DOT != tl.bfloat16:
+        return None
+    NP, rows = pieces(cu_seqlens, N, T, s.LC)
+    like = dt
+    gsum = torch.empty(N if cu_seqlens is None else 1, H, T, dtype=torch.float32, device=like.device)
+    mamba2_gsum_kernel[(rows * H,)](
+        dt, A_log,
+        gsum=gsum,
+        cu_seqlens=cu_seqlens,
+        dt_sb=dt.stride(0),
+        dt_st=dt.stride(1),
+        dt_sh=dt.stride(2),
+        A_log_sh=A_log.stride(0),
+        N=N,
+        T=T,
+        H=H,
+        NP=NP,
+        G_dt=H // dt.shape[2],
+        G_A_log=H // A_log.shape[0],
+        LC=s.LC,
+        BT=BT,
+        num_warps=4,
+    )
+    return gsum
 
 
 def fwd(q, k, v, dt, A_log, h0, cu_seqlens, scale, s, final=False, save=False):
@@ -1206,6 +1318,7 @@ def fwd(q, k, v, dt, A_log, h0, cu_seqlens, scale, s, final=False, save=False):
         SUM_PRECISION=s.SUM_PRECISION,
         num_warps=t.num_warps,
         num_stages=t.num_stages,
+        gsum=decays(dt, A_log, cu_seqlens, s, t.BT, (N, T, H)),
     )
     NV = triton.cdiv(V, t.BV)
     if s.fwd_L:
@@ -1265,7 +1378,7 @@ def scan(h, h0, gt, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def adjoints(q, dt, A_log, do, dht, cu_seqlens, scale, s, shape):
+def adjoints(q, dt, A_log, do, gsum, dht, cu_seqlens, scale, s, shape):
     """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens."""
     N, T, H, K, V, F = shape
     t = s.bwd
@@ -1276,6 +1389,7 @@ def adjoints(q, dt, A_log, do, dht, cu_seqlens, scale, s, shape):
     mamba2_bwd_state_kernel[(rows * H * NV,)](
         q, dt, A_log,
         do=do,
+        gsum=gsum,
         dh=dhp,
         gt=gt,
         cu_seqlens=cu_seqlens,
@@ -1380,40 +1494,17 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
         NEED_BONUS=False,
     )
     parts = [[] for _ in needs]
+    gsum = decays(dt, A_log, cu_seqlens, s, s.bwd.BT, (N, T, H))
     qdq = torch.empty(NK, B, T, H, dtype=torch.float32, device=like.device) if need_decay else None
     kdk = torch.empty_like(qdq) if need_decay else None
     hdh = torch.empty(NK, hc.shape[0], H, dtype=torch.float32, device=like.device) if need_decay else None
     qdq_sp = kdk_sp = B * T * H
     hdh_sp = hc.shape[0] * H
-    if any((needs[0],)) or need_decay:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        t = s.rows
-        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
-        mamba2_dq_kernel[(rows * H * NK,)](
-            q, k, v, dt, A_log,
-            do=do,
-            hc=hc,
-            qdq=qdq,
-            qdq_sp=qdq_sp,
-            dq=dq,
-            dq_sp=dq_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=t.BV,
-            BV=s.BV,
-            BF=t.BV,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
-        parts[0].append((dq, s.dq_L))
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
     if s.bwd_L:
-        dhp = adjoints(q, dt, A_log, do, dht, cu_seqlens, scale, s, (N, T, H, K, V, F))
+        dhp = adjoints(q, dt, A_log, do, gsum, dht, cu_seqlens, scale, s, (N, T, H, K, V, F))
     if any((needs[1],)) or need_decay or initial:
         dh0 = state(N, H, F, V, like) if initial else None
         t = s.rows
@@ -1421,6 +1512,7 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
         mamba2_dk_kernel[(rows * H * NK,)](
             q, k, v, dt, A_log,
             do=do,
+            gsum=gsum,
             hc=hc,
             dht=dht,
             dhp=dhp,
@@ -1449,6 +1541,7 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
         mamba2_dv_kernel[(rows * H * NV,)](
             q, k, v, dt, A_log,
             do=do,
+            gsum=gsum,
             dht=dht,
             dhp=dhp,
             dv=dv,
@@ -1467,6 +1560,31 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
         )
         parts[2].append((dv, s.bwd_L))
         parts[3].append((ddt, s.bwd_L))
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        mamba2_dq_kernel[(rows * H * NK,)](
+            q, k, v, dt, A_log,
+            do=do,
+            gsum=gsum,
+            hc=hc,
+            qdq=qdq,
+            qdq_sp=qdq_sp,
+            dq=dq,
+            dq_sp=dq_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[0].append((dq, s.dq_L))
     if need_decay:
         NP, rows = pieces(cu_seqlens, N, T, s.LC)
         ddt, _ = gradient(dt, "bth", needs[3], 1, rows, False)

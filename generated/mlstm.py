@@ -9,6 +9,8 @@ import triton.language as tl
 DECAY_FLOOR = tl.constexpr(-128.0)
 # natural log of the scale of a state that holds nothing yet
 LOWEST = tl.constexpr(-1e+30)
+LN2 = tl.constexpr(0.6931471805599453)
+RCP_LN2 = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -152,6 +154,104 @@ def mlstm_peak_kernel(
             tl.store(mt + i_nh, last(b_peak, BT))
 
 
+# For each row the log2 of the decay since its chunk's start: gsum [B, H, T]. A program owns a head and the LC tokens of a checkpoint.
+@triton.jit(do_not_specialize=["T", "N", "NP"])
+def mlstm_gsum_kernel(
+    fg,
+    rise,
+    gsum,
+    cu_seqlens,
+    fg_sb,
+    fg_st,
+    fg_sh,
+    rise_sb,
+    rise_st,
+    rise_sh,
+    N,
+    T,
+    H,
+    NP,
+    G_fg: tl.constexpr,
+    G_rise: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+):
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    i_p = tl.program_id(0) // H
+    i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, LC, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    fg += i_b * fg_sb
+    fg += (i_h // G_fg) * fg_sh
+    rise += i_b * rise_sb
+    rise += (i_h // G_rise) * rise_sh
+
+    o_t = (i_start // LC).to(tl.int64) * LC + tl.arange(0, LC)
+    m_t = (o_t >= i_start) & (o_t < i_end)
+    # [BT]
+    b_fg = tl.load(fg + o_t * fg_st, mask=m_t, other=0.0).to(tl.float32)
+    # [BT]
+    b_rise = tl.load(rise + o_t * rise_st, mask=m_t, other=0.0)
+    # [BT]
+    b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+    b_c = tl.reshape(tl.cumsum(tl.reshape(b_ld * RCP_LN2, [LC // BT, BT]), 1), [LC])
+    tl.store(gsum + (i_b * H + i_h) * T + o_t, b_c, mask=m_t)
+
+
+# For each row what the gradient of its output is multiplied by, rden, and the gradient of its normaliser, dden: [B, H, T]. A program owns a
+# head and BT tokens.
+@triton.jit(do_not_specialize=["T", "N", "NP"])
+def mlstm_norm_kernel(
+    do,
+    o,
+    den,
+    rden,
+    dden,
+    peak,
+    cu_seqlens,
+    peak_sb,
+    peak_st,
+    peak_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    N,
+    T,
+    H,
+    NP,
+    G_peak: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+):
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    i_p = tl.program_id(0) // H
+    i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, BT, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    peak += i_b * peak_sb
+    peak += (i_h // G_peak) * peak_sh
+    o_v = tl.arange(0, BV)
+    o_t = (i_start // BT).to(tl.int64) * BT + tl.arange(0, BT)
+    o_row = (i_b * T + o_t) * H + i_h
+    m_t = (o_t >= i_start) & (o_t < i_end)
+    m_tv = m_t[:, None] & (o_v < V)[None, :]
+    # [BT, BV]
+    p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+    b_do = tl.load(p_do, mask=m_tv, other=0.0).to(tl.float32)
+    b_o = tl.load(o + (o_row[:, None] * V + o_v[None, :]), mask=m_tv, other=0.0).to(tl.float32)
+
+    # [BT]
+    b_peak = tl.load(peak + o_t * peak_st, mask=m_t, other=0.0)
+    # [BT]
+    b_n = tl.load(den + o_row, mask=m_t, other=1.0)
+    b_rn = 1.0 / (tl.maximum(tl.abs(b_n), tl.exp(tl.minimum(-b_peak, 80.0))))
+    b_dn = -tl.sum(b_do * b_o, 1) * b_rn * (tl.where(tl.abs(b_n) - tl.exp(tl.minimum(-b_peak, 80.0)) > 0.0, 1.0, tl.where(tl.abs(b_n) - tl.exp(tl.minimum(-b_peak, 80.0)) < 0.0, 0.0, 0.5)) * tl.where(b_n > 0.0, 1.0, tl.where(b_n < 0.0, -1.0, 0.0)))
+    o_head = (i_b * H + i_h) * T + o_t
+    tl.store(rden + o_head, b_rn, mask=m_t)
+    tl.store(dden + o_head, b_dn, mask=m_t)
+
+
 # A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
 #   S_t = exp(logsigmoid(fg_t)) S_{t-1} + (exp(ig_t) * k_t) v_t^T,  o_t = scale * q_t^T S_t / maximum(abs(n), 1),  n = the numerator with value 1,  S and n are held times exp(-m), m_t = max(logsigmoid(fg_t) + m_{t-1}, ig_t)
 # With o=None it only carries the state: the first of two passes over a sequence that is cut into pieces.
@@ -174,6 +274,7 @@ def mlstm_fwd_kernel(
     ht,
     hc,
     gt,
+    gsum,
     cu_seqlens,
     scale,
     q_sb,
@@ -249,6 +350,8 @@ def mlstm_fwd_kernel(
     peak += (i_h // G_peak) * peak_sh
     rise += i_b * rise_sb
     rise += (i_h // G_rise) * rise_sh
+    if gsum is not None:
+        gsum += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -266,110 +369,116 @@ def mlstm_fwd_kernel(
     b_z = tl.zeros([BF], dtype=tl.float32)
     if h0 is not None:
         i_s = i_ph if PIECES else i_nh
-        p_h0 = h0 + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h0 = h0 + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
         b_z = tl.load(z0 + i_s * F + o_f, mask=m_f, other=0.0)
 
 
     b_gt = 0.0
 
-    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
-        i_t = i_c * BT
-        i_lo = tl.maximum(i_start - i_t, 0)
-        n_t = tl.minimum(i_end - i_t, BT) - i_lo
-        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-        i_t = i_t.to(tl.int64)
-        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-        o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
-        m_tk = m_t[:, None] & m_k[None, :]
-        m_tv = m_t[:, None] & m_v[None, :]
+    # from one checkpoint to the next: a store inside the inner loop would take registers in each of its turns
+    for i_l in range(i_start // LC, tl.cdiv(i_end, LC) if hc is not None else i_start // LC + 1):
+        i_next = i_end
         if hc is not None:
-            if (i_t % LC == 0) | (i_t <= i_start):
-                i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
-                if i_v == 0:
-                    tl.store(zc + i_s * F + o_f, b_z, mask=m_f)
-
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0)
-        # [BT]
-        b_ig = tl.load(ig + o_t * ig_st, mask=m_t, other=0.0).to(tl.float32)
-        # [BT]
-        b_fg = tl.load(fg + o_t * fg_st, mask=m_t, other=0.0).to(tl.float32)
-        # [BT]
-        b_peak = tl.load(peak + o_t * peak_st, mask=m_t, other=0.0)
-        # [BT]
-        b_rise = tl.load(rise + o_t * rise_st, mask=m_t, other=0.0)
-        b_key = b_k
-        b_value = b_v
-        # [BT]
-        b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
-        # [BT]: natural log of the key's factor, <= 0
-        b_lg = tl.where(m_t, b_ig - b_peak, 0.0)
-        if DOT == tl.bfloat16:
-            b_ek = tl.exp(tl.sum(b_ld, 0) - b_c + b_lg)
-        else:
-            b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1) + b_lg)
-        b_en = tl.exp(tl.sum(b_ld, 0))
-        if o is not None:
-            b_query = b_q
-            if DOT == tl.bfloat16:
-                b_eq = tl.exp(b_c)
-            else:
-                b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
-            b_fq = b_query
-            b_qd = b_fq
-            # [BT, BT]
-            m_pair = o_i[:, None] >= o_i[None, :]
-            if DOT == tl.bfloat16:
-                # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-                b_D = tl.exp((b_c)[:, None] - (b_c - b_lg)[None, :])
-            else:
-                b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
-            b_D = tl.where(m_pair, b_D * scale, 0.0)
-            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
-            b_A = b_s * b_D
+            i_next = tl.minimum(i_end, (i_l + 1) * LC)
+            i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+            p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
+            tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
+            if i_v == 0:
+                tl.store(zc + i_s * F + o_f, b_z, mask=m_f)
+        for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
+            i_t = i_c * BT
+            i_lo = tl.maximum(i_start - i_t, 0)
+            n_t = tl.minimum(i_end - i_t, BT) - i_lo
+            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+            i_t = i_t.to(tl.int64)
+            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+            o_t = i_t + o_i
+            o_row = (i_b * T + o_t) * H + i_h
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
+            # [BT, BK]
+            p_x = q + o_t[:, None] * q_st + o_k[None, :]
+            b_q = tl.load(p_x, mask=m_tk, other=0.0)
+            # [BT, BK]
+            p_x = k + o_t[:, None] * k_st + o_k[None, :]
+            b_k = tl.load(p_x, mask=m_tk, other=0.0)
             # [BT, BV]
-            b_er = (b_eq * scale)[:, None]
-            b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
-            b_o *= b_er
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0)
             # [BT]
-            b_n = tl.sum(b_qd.to(tl.float32) * b_z[None, :] * b_er, 1) + tl.sum(b_A, 1)
-            b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
-            if den is not None:
-                if i_v == 0:
-                    tl.store(den + o_row, b_n, mask=m_t)
-            b_o = b_o / (tl.maximum(tl.abs(b_n), tl.exp(tl.minimum(-b_peak, 80.0))))[:, None]
-            p_o = o + (o_row[:, None] * V + o_v[None, :])
-            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
-        b_fk = b_key
-        b_kd = b_fk
-        b_vd = b_value * b_ek[:, None]
-        b_h = b_h * b_en
-        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
-        b_z = b_z * b_en + tl.sum(b_kd.to(tl.float32) * b_ek[:, None], 0)
-        b_gt += tl.sum(b_ld, 0)
+            b_ig = tl.load(ig + o_t * ig_st, mask=m_t, other=0.0).to(tl.float32)
+            # [BT]
+            b_fg = tl.load(fg + o_t * fg_st, mask=m_t, other=0.0).to(tl.float32)
+            # [BT]
+            b_peak = tl.load(peak + o_t * peak_st, mask=m_t, other=0.0)
+            # [BT]
+            b_rise = tl.load(rise + o_t * rise_st, mask=m_t, other=0.0)
+            b_key = b_k
+            b_value = b_v
+            # [BT]
+            if gsum is not None:
+                p_c = gsum + i_t
+                i_e = i_lo + n_t - 1
+                b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
+                b_cr = b_c
+                b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+            else:
+                # [BT]
+                b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+            # [BT]: natural log of the key's factor, <= 0
+            b_lg = tl.where(m_t, b_ig - b_peak, 0.0)
+            if gsum is not None:
+                b_ek = tl.exp2(b_ce - b_c + b_lg * RCP_LN2)
+            else:
+                b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1) + b_lg)
+            b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
+            if o is not None:
+                b_query = b_q
+                b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
+                b_fq = b_query
+                b_qd = b_fq
+                # [BT, BT]
+                m_pair = o_i[:, None] >= o_i[None, :]
+                if gsum is not None:
+                    # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+                    b_D = tl.exp2(b_cr[:, None] - (b_c - b_lg * RCP_LN2)[None, :])
+                else:
+                    b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
+                b_D = tl.where(m_pair, b_D * scale, 0.0)
+                b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+                b_A = b_s * b_D
+                # [BT, BV]
+                b_er = (b_eq * scale)[:, None]
+                b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
+                b_o *= b_er
+                # [BT]
+                b_n = tl.sum(b_qd.to(tl.float32) * b_z[None, :] * b_er, 1) + tl.sum(b_A, 1)
+                b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
+                if den is not None:
+                    if i_v == 0:
+                        tl.store(den + o_row, b_n, mask=m_t)
+                b_o *= (1.0 / (tl.maximum(tl.abs(b_n), tl.exp(tl.minimum(-b_peak, 80.0)))))[:, None]
+                p_o = o + (o_row[:, None] * V + o_v[None, :])
+                tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
+            b_fk = b_key
+            b_kd = b_fk
+            b_vd = b_value * b_ek[:, None]
+            b_h = b_h * b_en
+            b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
+            b_z = b_z * b_en + tl.sum(b_kd.to(tl.float32) * b_ek[:, None], 0)
+            b_gt += tl.sum(b_ld, 0) if gsum is None else b_ce * LN2
 
     if ht is not None:
         if PIECES and o is None:
-            p_ht = ht + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_ht = ht + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
             tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
             if i_v == 0:
                 tl.store(zt + i_ph * F + o_f, b_z, mask=m_f)
             tl.store(gt + i_ph, b_gt)
         else:
             if is_last:
-                p_ht = ht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+                p_ht = ht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
                 tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
                 if i_v == 0:
                     tl.store(zt + i_nh * F + o_f, b_z, mask=m_f)
@@ -419,7 +528,7 @@ def mlstm_scan_kernel(
     b_h = tl.zeros([BF, BV], dtype=tl.float32)
     b_z = tl.zeros([BF], dtype=tl.float32)
     if h0 is not None:
-        p_h0 = h0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h0 = h0 + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
         b_z = tl.load(z0 + i_nh * F + o_f, mask=m_f, other=0.0)
     for i in range(n_p):
@@ -449,15 +558,14 @@ def mlstm_scan_kernel(
 def mlstm_bwd_state_kernel(
     q,
     fg,
-    peak,
     rise,
     do,
-    o,
-    den,
+    rden,
+    dden,
     dz,
-    dz_sp,
     dh,
     gt,
+    gsum,
     cu_seqlens,
     scale,
     q_sb,
@@ -466,9 +574,6 @@ def mlstm_bwd_state_kernel(
     fg_sb,
     fg_st,
     fg_sh,
-    peak_sb,
-    peak_st,
-    peak_sh,
     rise_sb,
     rise_st,
     rise_sh,
@@ -482,7 +587,6 @@ def mlstm_bwd_state_kernel(
     NP,
     G_q: tl.constexpr,
     G_fg: tl.constexpr,
-    G_peak: tl.constexpr,
     G_rise: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -509,10 +613,14 @@ def mlstm_bwd_state_kernel(
     q += (i_h // G_q) * q_sh
     fg += i_b * fg_sb
     fg += (i_h // G_fg) * fg_sh
-    peak += i_b * peak_sb
-    peak += (i_h // G_peak) * peak_sh
     rise += i_b * rise_sb
     rise += (i_h // G_rise) * rise_sh
+    if gsum is not None:
+        gsum += (i_b * H + i_h) * T
+    if rden is not None:
+        rden += (i_b * H + i_h) * T
+    if dden is not None:
+        dden += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -539,7 +647,6 @@ def mlstm_bwd_state_kernel(
         i_t = i_t.to(tl.int64)
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # [BT, BK]
@@ -548,41 +655,41 @@ def mlstm_bwd_state_kernel(
         # [BT]
         b_fg = tl.load(fg + o_t * fg_st, mask=m_t, other=0.0).to(tl.float32)
         # [BT]
-        b_peak = tl.load(peak + o_t * peak_st, mask=m_t, other=0.0)
-        # [BT]
         b_rise = tl.load(rise + o_t * rise_st, mask=m_t, other=0.0)
         b_query = b_q
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
-        # [BT]: natural log of the key's factor, <= 0
-        if DOT == tl.bfloat16:
-            b_eq = tl.exp(b_c)
+        if gsum is not None:
+            p_c = gsum + i_t
+            i_e = i_lo + n_t - 1
+            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
+            b_cr = b_c
+            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
         else:
-            b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
-        b_en = tl.exp(tl.sum(b_ld, 0))
+            # [BT]
+            b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        # [BT]: natural log of the key's factor, <= 0
+        b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
+        b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         b_fq = b_query
         b_qd = b_fq
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
-        p_o = o + (o_row[:, None] * V + o_v[None, :])
-        b_o = tl.load(p_o, mask=m_tv, other=0.0).to(tl.float32)
         # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_do = tl.where(m_tv, b_do.to(tl.float32) / (tl.maximum(tl.abs(b_n), tl.exp(tl.minimum(-b_peak, 80.0))))[:, None], 0.0)
-        b_dn = -tl.sum(b_do * b_o, 1) * (tl.where(tl.abs(b_n) - tl.exp(tl.minimum(-b_peak, 80.0)) > 0.0, 1.0, tl.where(tl.abs(b_n) - tl.exp(tl.minimum(-b_peak, 80.0)) < 0.0, 0.0, 0.5)) * tl.where(b_n > 0.0, 1.0, tl.where(b_n < 0.0, -1.0, 0.0)))
+        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
+        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
         b_er = (b_eq * scale)[:, None]
-        b_dod = b_do * b_er
+        b_dod = b_do * (b_er * b_rn[:, None])
         b_dnd = b_dn[:, None] * b_er
         b_dh = b_dh * b_en
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
         b_dz = b_dz * b_en + tl.sum(b_qd.to(tl.float32) * b_dnd, 0)
-        b_gt += tl.sum(b_ld, 0)
+        b_gt += tl.sum(b_ld, 0) if gsum is None else b_ce * LN2
 
-    p_dh = dh + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+    p_dh = dh + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
     tl.store(p_dh, b_dh.to(dh.dtype.element_ty), mask=m_fv)
-    tl.store(dz + ((i_v.to(tl.int64) * dz_sp) // F + i_ph) * F + o_f, b_dz, mask=m_f)
+    if i_v == 0:
+        tl.store(dz + i_ph * F + o_f, b_dz, mask=m_f)
     tl.store(gt + i_ph, b_gt)
 
 
@@ -602,8 +709,9 @@ def mlstm_dq_kernel(
     peak,
     rise,
     do,
-    o,
-    den,
+    gsum,
+    rden,
+    dden,
     zc,
     hc,
     qdq,
@@ -686,6 +794,12 @@ def mlstm_dq_kernel(
     peak += (i_h // G_peak) * peak_sh
     rise += i_b * rise_sb
     rise += (i_h // G_rise) * rise_sh
+    if gsum is not None:
+        gsum += (i_b * H + i_h) * T
+    if rden is not None:
+        rden += (i_b * H + i_h) * T
+    if dden is not None:
+        dden += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -700,7 +814,7 @@ def mlstm_dq_kernel(
 
     i_t = i_start.to(tl.int64)
     i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-    p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+    p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
     b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
     b_z = tl.load(zc + i_s * F + o_f, mask=m_f, other=0.0)
 
@@ -737,36 +851,37 @@ def mlstm_dq_kernel(
         b_key = b_k
         b_value = b_v
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
+        if gsum is not None:
+            p_c = gsum + i_t
+            i_e = i_lo + n_t - 1
+            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
+            b_cr = b_c
+            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+        else:
+            # [BT]
+            b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         # [BT]: natural log of the key's factor, <= 0
         b_lg = tl.where(m_t, b_ig - b_peak, 0.0)
-        if DOT == tl.bfloat16:
-            b_eq = tl.exp(b_c)
-        else:
-            b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
-        if DOT == tl.bfloat16:
-            b_ek = tl.exp(tl.sum(b_ld, 0) - b_c + b_lg)
+        b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
+        if gsum is not None:
+            b_ek = tl.exp2(b_ce - b_c + b_lg * RCP_LN2)
         else:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1) + b_lg)
-        b_en = tl.exp(tl.sum(b_ld, 0))
+        b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
-        p_o = o + (o_row[:, None] * V + o_v[None, :])
-        b_o = tl.load(p_o, mask=m_tv, other=0.0).to(tl.float32)
         # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_do = tl.where(m_tv, b_do.to(tl.float32) / (tl.maximum(tl.abs(b_n), tl.exp(tl.minimum(-b_peak, 80.0))))[:, None], 0.0)
-        b_dn = -tl.sum(b_do * b_o, 1) * (tl.where(tl.abs(b_n) - tl.exp(tl.minimum(-b_peak, 80.0)) > 0.0, 1.0, tl.where(tl.abs(b_n) - tl.exp(tl.minimum(-b_peak, 80.0)) < 0.0, 0.0, 0.5)) * tl.where(b_n > 0.0, 1.0, tl.where(b_n < 0.0, -1.0, 0.0)))
+        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
+        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
         b_er = (b_eq * scale)[:, None]
         # [BT, BT]
         b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        b_dA += b_dn[:, None]
+        b_dA = b_dA * b_rn[:, None] + b_dn[:, None]
         m_pair = o_i[:, None] >= o_i[None, :]
-        if DOT == tl.bfloat16:
+        if gsum is not None:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp((b_c)[:, None] - (b_c - b_lg)[None, :])
+            b_D = tl.exp2(b_cr[:, None] - (b_c - b_lg * RCP_LN2)[None, :])
         else:
             b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
         b_D = tl.where(m_pair, b_D * scale, 0.0)
@@ -774,7 +889,7 @@ def mlstm_dq_kernel(
         # [BT, BK]
         b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
         b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
-        b_dfq += b_dn[:, None] * b_z[None, :]
+        b_dfq = b_dfq * b_rn[:, None] + b_dn[:, None] * b_z[None, :]
         b_dquery = plus(b_dquery, b_dfq * b_er)
         if NEED_DECAY:
             # [BT]
@@ -788,7 +903,7 @@ def mlstm_dq_kernel(
         b_kd = b_key * b_ek[:, None]
         b_h *= b_en
         b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
-        b_z = b_z * b_en + tl.sum(b_kd.to(tl.float32), 0)
+        b_z = b_z * b_en + tl.sum(b_key.to(tl.float32) * b_ek[:, None], 0)
 
 
 # Of what keys use, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
@@ -803,8 +918,9 @@ def mlstm_dk_kernel(
     peak,
     rise,
     do,
-    o,
-    den,
+    gsum,
+    rden,
+    dden,
     zc,
     dzt,
     dzp,
@@ -897,6 +1013,12 @@ def mlstm_dk_kernel(
     peak += (i_h // G_peak) * peak_sh
     rise += i_b * rise_sb
     rise += (i_h // G_rise) * rise_sh
+    if gsum is not None:
+        gsum += (i_b * H + i_h) * T
+    if rden is not None:
+        rden += (i_b * H + i_h) * T
+    if dden is not None:
+        dden += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -913,12 +1035,12 @@ def mlstm_dk_kernel(
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     b_dz = tl.zeros([BF], dtype=tl.float32)
     if dhp is not None:
-        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_dhp = dhp + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
         b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
         b_dz = tl.load(dzp + i_ph * F + o_f, mask=m_f, other=0.0)
     else:
         if dht is not None:
-            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dht = dht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
             b_dz = tl.load(dzt + i_nh * F + o_f, mask=m_f, other=0.0)
 
@@ -957,44 +1079,47 @@ def mlstm_dk_kernel(
         b_key = b_k
         b_value = b_v
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
+        if gsum is not None:
+            p_c = gsum + i_t
+            i_e = i_lo + n_t - 1
+            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
+            b_cr = b_c
+            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+        else:
+            # [BT]
+            b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         # [BT]: natural log of the key's factor, <= 0
         b_lg = tl.where(m_t, b_ig - b_peak, 0.0)
-        if DOT == tl.bfloat16:
-            b_eq = tl.exp(b_c)
-        else:
-            b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
-        if DOT == tl.bfloat16:
-            b_ek = tl.exp(tl.sum(b_ld, 0) - b_c + b_lg)
+        b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
+        if gsum is not None:
+            b_ek = tl.exp2(b_ce - b_c + b_lg * RCP_LN2)
         else:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1) + b_lg)
-        b_en = tl.exp(tl.sum(b_ld, 0))
+        b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
-        p_o = o + (o_row[:, None] * V + o_v[None, :])
-        b_o = tl.load(p_o, mask=m_tv, other=0.0).to(tl.float32)
         # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_do = tl.where(m_tv, b_do.to(tl.float32) / (tl.maximum(tl.abs(b_n), tl.exp(tl.minimum(-b_peak, 80.0))))[:, None], 0.0)
-        b_dn = -tl.sum(b_do * b_o, 1) * (tl.where(tl.abs(b_n) - tl.exp(tl.minimum(-b_peak, 80.0)) > 0.0, 1.0, tl.where(tl.abs(b_n) - tl.exp(tl.minimum(-b_peak, 80.0)) < 0.0, 0.0, 0.5)) * tl.where(b_n > 0.0, 1.0, tl.where(b_n < 0.0, -1.0, 0.0)))
+        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
+        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
         b_er = (b_eq * scale)[:, None]
+        b_dnd = b_dn[:, None] * b_er
         # [BT, BT]
-        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        b_dA += b_dn[:, None]
-        m_pair = o_i[:, None] >= o_i[None, :]
-        if DOT == tl.bfloat16:
+        b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
+        b_dA = b_dA * b_rn[None, :] + b_dn[None, :]
+        m_pair = o_i[None, :] >= o_i[:, None]
+        if gsum is not None:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp((b_c)[:, None] - (b_c - b_lg)[None, :])
+            b_D = tl.exp2(b_cr[None, :] - (b_c - b_lg * RCP_LN2)[:, None])
         else:
             b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
+            b_D = tl.trans(b_D)
         b_D = tl.where(m_pair, b_D * scale, 0.0)
         b_dA = (b_dA * b_D).to(DOT)
         # [BT, BK]
-        b_dkey = tl.dot(tl.trans(b_dA), b_query.to(DOT), input_precision=PRECISION)
+        b_dkey = tl.dot(b_dA, b_query.to(DOT), input_precision=PRECISION)
         b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
-        b_dfk += b_dz[None, :]
+        b_dfk = b_dfk + b_dz[None, :]
         b_dkey = plus(b_dkey, b_dfk * b_ek[:, None])
         if NEED_DECAY:
             # [BT]
@@ -1004,14 +1129,14 @@ def mlstm_dk_kernel(
             b_dk_ = b_dkey
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-        b_qd = b_query * b_er
+        b_qd = b_query * (b_er * b_rn[:, None])
         b_dh *= b_en
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_do.to(DOT), b_dh, input_precision=PRECISION)
-        b_dz = b_dz * b_en + tl.sum(b_qd * b_dn[:, None], 0)
+        b_dz = b_dz * b_en + tl.sum(b_query * b_dnd, 0)
         if NEED_DECAY:
             if (i_t % LC == 0) | (i_t <= i_start):
                 i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+                p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
                 b_ch = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
                 b_cz = tl.load(zc + i_s * F + o_f, mask=m_f, other=0.0)
                 b_all = tl.sum(tl.sum(b_ch * b_dh, 1), 0)
@@ -1021,7 +1146,7 @@ def mlstm_dk_kernel(
 
     if dh0 is not None:
         if is_first:
-            p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dh0 = dh0 + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
             tl.store(dz0 + i_nh * F + o_f, b_dz, mask=m_f)
 
@@ -1037,7 +1162,9 @@ def mlstm_dv_kernel(
     peak,
     rise,
     do,
-    den,
+    gsum,
+    rden,
+    dden,
     dht,
     dhp,
     dv,
@@ -1120,6 +1247,12 @@ def mlstm_dv_kernel(
     peak += (i_h // G_peak) * peak_sh
     rise += i_b * rise_sb
     rise += (i_h // G_rise) * rise_sh
+    if gsum is not None:
+        gsum += (i_b * H + i_h) * T
+    if rden is not None:
+        rden += (i_b * H + i_h) * T
+    if dden is not None:
+        dden += (i_b * H + i_h) * T
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -1135,11 +1268,11 @@ def mlstm_dv_kernel(
     # [BF, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     if dhp is not None:
-        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_dhp = dhp + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
         b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
     else:
         if dht is not None:
-            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dht = dht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
 
 
@@ -1173,40 +1306,45 @@ def mlstm_dv_kernel(
         b_query = b_q
         b_key = b_k
         # [BT]
-        b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
+        if gsum is not None:
+            p_c = gsum + i_t
+            i_e = i_lo + n_t - 1
+            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
+            b_cr = b_c
+            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+        else:
+            # [BT]
+            b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         # [BT]: natural log of the key's factor, <= 0
         b_lg = tl.where(m_t, b_ig - b_peak, 0.0)
-        if DOT == tl.bfloat16:
-            b_eq = tl.exp(b_c)
-        else:
-            b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
-        if DOT == tl.bfloat16:
-            b_ek = tl.exp(tl.sum(b_ld, 0) - b_c + b_lg)
+        b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
+        if gsum is not None:
+            b_ek = tl.exp2(b_ce - b_c + b_lg * RCP_LN2)
         else:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1) + b_lg)
-        b_en = tl.exp(tl.sum(b_ld, 0))
+        b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_do = tl.where(m_tv, b_do.to(tl.float32) / (tl.maximum(tl.abs(b_n), tl.exp(tl.minimum(-b_peak, 80.0))))[:, None], 0.0)
+        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
         b_er = (b_eq * scale)[:, None]
-        b_dod = b_do * b_er
+        b_dod = b_do * (b_er * b_rn[:, None])
         # [BT, BT]
-        m_pair = o_i[:, None] >= o_i[None, :]
-        if DOT == tl.bfloat16:
+        m_pair = o_i[None, :] >= o_i[:, None]
+        if gsum is not None:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp((b_c)[:, None] - (b_c - b_lg)[None, :])
+            b_D = tl.exp2(b_cr[None, :] - (b_c - b_lg * RCP_LN2)[:, None])
         else:
             b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
+            b_D = tl.trans(b_D)
         b_D = tl.where(m_pair, b_D * scale, 0.0)
-        b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+        b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
         b_A = b_s * b_D
+        b_A *= b_rn[None, :]
         # [BT, BV]
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-        b_dvalue = tl.dot(tl.trans(b_A.to(DOT)), b_do.to(DOT), input_precision=PRECISION)
+        b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), input_precision=PRECISION)
         b_dvalue = plus(b_dvalue, b_dvi * b_ek[:, None])
         if dv is not None:
             b_dv_ = b_dvalue
@@ -1289,7 +1427,6 @@ def mlstm_dg_kernel(
     b_rise = tl.load(rise + o_t * rise_st, mask=m_t, other=0.0)
     # [BT]
     b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-    # [BT]: natural log of the key's factor, <= 0
     # [BT]
     b_xq = tl.zeros([BT], dtype=tl.float32)
     b_xk = tl.zeros([BT], dtype=tl.float32)
@@ -1415,7 +1552,6 @@ def mlstm_step_kernel(
         b_query = b_q
         # [BT]
         b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        # [BT]: natural log of the key's factor, <= 0
         # [BK] and [BV]
         b_key = tl.sum(b_key.to(tl.float32), 0)
         b_query = tl.sum(b_query.to(tl.float32), 0)
@@ -1423,7 +1559,7 @@ def mlstm_step_kernel(
         b_fk = b_key
         b_fq = b_query * scale
         # [BF, BV]
-        p_h = h + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h = h + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h, mask=m_fv, other=0.0).to(tl.float32)
         b_en = tl.exp(tl.sum(b_ld, 0))
         b_h = b_h * b_en + b_fk[:, None] * b_value[None, :]
@@ -1520,6 +1656,37 @@ def state(rows, H, F, V, like, dtype=torch.float32, make=torch.empty):
     return make(rows, H, F, V, dtype=dtype, device=like.device)
 
 
+def decays(fg, rise, cu_seqlens, s, BT, shape):
+    """For each row the log2 of the decay since its chunk's start, [B, H, T] fp32; None where steps are summed exactly."""
+    N, T, H = shape
+    if s.DOT != tl.bfloat16:
+        return None
+    NP, rows = pieces(cu_seqlens, N, T, s.LC)
+    like = fg
+    gsum = torch.empty(N if cu_seqlens is None else 1, H, T, dtype=torch.float32, device=like.device)
+    mlstm_gsum_kernel[(rows * H,)](
+        fg, rise,
+        gsum=gsum,
+        cu_seqlens=cu_seqlens,
+        fg_sb=fg.stride(0),
+        fg_st=fg.stride(1),
+        fg_sh=fg.stride(2),
+        rise_sb=rise.stride(0),
+        rise_st=rise.stride(1),
+        rise_sh=rise.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        NP=NP,
+        G_fg=H // fg.shape[2],
+        G_rise=H // rise.shape[2],
+        LC=s.LC,
+        BT=BT,
+        num_warps=4,
+    )
+    return gsum
+
+
 def fwd(q, k, v, ig, fg, peak, rise, h0, z0, cu_seqlens, scale, s, final=False, save=False):
     """The output [B, T, H, V], the final state and what the backward wants; None for what is not asked for.
 
@@ -1588,6 +1755,7 @@ def fwd(q, k, v, ig, fg, peak, rise, h0, z0, cu_seqlens, scale, s, final=False, 
         SUM_PRECISION=s.SUM_PRECISION,
         num_warps=t.num_warps,
         num_stages=t.num_stages,
+        gsum=decays(fg, rise, cu_seqlens, s, t.BT, (N, T, H)),
     )
     NV = triton.cdiv(V, t.BV)
     if s.fwd_L:
@@ -1659,22 +1827,22 @@ def scan(h, h0, z, z0, gt, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def adjoints(q, fg, peak, rise, do, o, den, dht, dzt, cu_seqlens, scale, s, shape):
-    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens; of the sums [parts, rows, H, F]."""
+def adjoints(q, fg, rise, do, gsum, rden, dden, dht, dzt, cu_seqlens, scale, s, shape):
+    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens; of the sums [rows, H, F]."""
     N, T, H, K, V, F = shape
     t = s.bwd
     NP, rows = pieces(cu_seqlens, N, T, s.bwd_L)
     NV = triton.cdiv(V, t.BV)
     dhp = state(rows, H, F, V, do)
-    dzp = torch.empty(NV, rows, H, F, dtype=torch.float32, device=do.device)
+    dzp = torch.empty(rows, H, F, dtype=torch.float32, device=do.device)
     gt = torch.empty(rows, H, dtype=torch.float32, device=do.device)
     mlstm_bwd_state_kernel[(rows * H * NV,)](
-        q, fg, peak, rise,
+        q, fg, rise,
         do=do,
-        o=o,
-        den=den,
+        rden=rden,
+        dden=dden,
         dz=dzp,
-        dz_sp=dzp[0].numel(),
+        gsum=gsum,
         dh=dhp,
         gt=gt,
         cu_seqlens=cu_seqlens,
@@ -1685,9 +1853,6 @@ def adjoints(q, fg, peak, rise, do, o, den, dht, dzt, cu_seqlens, scale, s, shap
         fg_sb=fg.stride(0),
         fg_st=fg.stride(1),
         fg_sh=fg.stride(2),
-        peak_sb=peak.stride(0),
-        peak_st=peak.stride(1),
-        peak_sh=peak.stride(2),
         rise_sb=rise.stride(0),
         rise_st=rise.stride(1),
         rise_sh=rise.stride(2),
@@ -1701,7 +1866,6 @@ def adjoints(q, fg, peak, rise, do, o, den, dht, dzt, cu_seqlens, scale, s, shap
         NP=NP,
         G_q=H // q.shape[2],
         G_fg=H // fg.shape[2],
-        G_peak=H // peak.shape[2],
         G_rise=H // rise.shape[2],
         K=K,
         V=V,
@@ -1795,45 +1959,45 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
         NEED_BONUS=False,
     )
     parts = [[] for _ in needs]
+    gsum = decays(fg, rise, cu_seqlens, s, s.bwd.BT, (N, T, H))
+    rden = torch.empty(B, H, T, dtype=torch.float32, device=like.device)
+    dden = torch.empty_like(rden)
+    NP, rows = pieces(cu_seqlens, N, T, 32)
+    mlstm_norm_kernel[(rows * H,)](
+        do,
+        o,
+        den,
+        rden,
+        dden,
+        peak,
+        cu_seqlens,
+        peak_sb=peak.stride(0),
+        peak_st=peak.stride(1),
+        peak_sh=peak.stride(2),
+        do_sb=do.stride(0),
+        do_st=do.stride(1),
+        do_sh=do.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        NP=NP,
+        G_peak=H // peak.shape[2],
+        V=V,
+        BT=32,
+        BV=s.BV,
+        num_warps=4,
+    )
     qdq = torch.empty(NK, B, T, H, dtype=torch.float32, device=like.device) if need_decay else None
     kdk = torch.empty_like(qdq) if need_decay else None
     hdh = torch.empty(NK, hc.shape[0], H, dtype=torch.float32, device=like.device) if need_decay else None
     qdq_sp = kdk_sp = B * T * H
     hdh_sp = hc.shape[0] * H
-    if any((needs[0],)) or need_decay:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        t = s.rows
-        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
-        mlstm_dq_kernel[(rows * H * NK,)](
-            q, k, v, ig, fg, peak, rise,
-            do=do,
-            o=o,
-            den=den,
-            zc=zc,
-            hc=hc,
-            qdq=qdq,
-            qdq_sp=qdq_sp,
-            dq=dq,
-            dq_sp=dq_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=t.BV,
-            BV=s.BV,
-            BF=t.BV,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
-        parts[0].append((dq, s.dq_L))
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
     dzp = dz0 = None
     if s.bwd_L:
-        dhp, dzp = adjoints(q, fg, peak, rise, do, o, den, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
-        dzp = dzp.sum(0)
+        dhp, dzp = adjoints(q, fg, rise, do, gsum, rden, dden, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
     if any((needs[1],)) or need_decay or initial:
         dh0 = state(N, H, F, V, like) if initial else None
         dz0 = torch.empty(N, H, F, dtype=torch.float32, device=like.device) if initial else None
@@ -1842,8 +2006,9 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
         mlstm_dk_kernel[(rows * H * NK,)](
             q, k, v, ig, fg, peak, rise,
             do=do,
-            o=o,
-            den=den,
+            gsum=gsum,
+            rden=rden,
+            dden=dden,
             zc=zc,
             dzt=dzt,
             dzp=dzp,
@@ -1875,7 +2040,9 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
         mlstm_dv_kernel[(rows * H * NV,)](
             q, k, v, ig, fg, peak, rise,
             do=do,
-            den=den,
+            gsum=gsum,
+            rden=rden,
+            dden=dden,
             dht=dht,
             dhp=dhp,
             dv=dv,
@@ -1891,6 +2058,34 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
             **common,
         )
         parts[2].append((dv, s.bwd_L))
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        mlstm_dq_kernel[(rows * H * NK,)](
+            q, k, v, ig, fg, peak, rise,
+            do=do,
+            gsum=gsum,
+            rden=rden,
+            dden=dden,
+            zc=zc,
+            hc=hc,
+            qdq=qdq,
+            qdq_sp=qdq_sp,
+            dq=dq,
+            dq_sp=dq_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[0].append((dq, s.dq_L))
     if need_decay:
         NP, rows = pieces(cu_seqlens, N, T, s.LC)
         dig, _ = gradient(ig, "bth", needs[3], 1, rows, True)

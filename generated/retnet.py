@@ -127,7 +127,7 @@ def retnet_fwd_kernel(
     b_h = tl.zeros([BF, BV], dtype=tl.float32)
     if h0 is not None:
         i_s = i_ph if PIECES else i_nh
-        p_h0 = h0 + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h0 = h0 + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
     b_c0 = tl.load(c0)
     b_ld = tl.maximum(b_c0, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL)
@@ -136,68 +136,69 @@ def retnet_fwd_kernel(
     b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
 
 
-    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
-        i_t = i_c * BT
-        i_lo = tl.maximum(i_start - i_t, 0)
-        n_t = tl.minimum(i_end - i_t, BT) - i_lo
-        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-        i_t = i_t.to(tl.int64)
-        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-        o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
-        m_tk = m_t[:, None] & m_k[None, :]
-        m_tv = m_t[:, None] & m_v[None, :]
+    # from one checkpoint to the next: a store inside the inner loop would take registers in each of its turns
+    for i_l in range(i_start // LC, tl.cdiv(i_end, LC) if hc is not None else i_start // LC + 1):
+        i_next = i_end
         if hc is not None:
-            if (i_t % LC == 0) | (i_t <= i_start):
-                i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
-
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0)
-        b_key = b_k
-        b_value = b_v
-
-        b_ek = tl.exp(b_ld * (n_t - tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)))
-        b_en = tl.exp(b_ld * n_t)
-        if o is not None:
-            b_query = b_q
-            o_n = tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)
-            b_eq = tl.exp(b_ld * o_n)
-            b_fq = b_query
-            b_qd = b_fq
-            # [BT, BT]
-            b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
-            b_A = b_s * b_D
+            i_next = tl.minimum(i_end, (i_l + 1) * LC)
+            i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+            p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
+            tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
+        for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
+            i_t = i_c * BT
+            i_lo = tl.maximum(i_start - i_t, 0)
+            n_t = tl.minimum(i_end - i_t, BT) - i_lo
+            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+            i_t = i_t.to(tl.int64)
+            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+            o_t = i_t + o_i
+            o_row = (i_b * T + o_t) * H + i_h
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
+            # [BT, BK]
+            p_x = q + o_t[:, None] * q_st + o_k[None, :]
+            b_q = tl.load(p_x, mask=m_tk, other=0.0)
+            # [BT, BK]
+            p_x = k + o_t[:, None] * k_st + o_k[None, :]
+            b_k = tl.load(p_x, mask=m_tk, other=0.0)
             # [BT, BV]
-            b_er = (b_eq * scale)[:, None]
-            b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
-            b_o *= b_er
-            b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
-            p_o = o + (o_row[:, None] * V + o_v[None, :])
-            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
-        b_fk = b_key
-        b_kd = b_fk
-        b_vd = b_value * b_ek[:, None]
-        b_h = b_h * b_en
-        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0)
+            b_key = b_k
+            b_value = b_v
 
+            b_ek = tl.exp(b_ld * (n_t - tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)))
+            b_en = tl.exp(b_ld * n_t)
+            if o is not None:
+                b_query = b_q
+                o_n = tl.minimum(tl.maximum(o_i - i_lo + 1, 0), n_t)
+                b_eq = tl.exp(b_ld * o_n)
+                b_fq = b_query
+                b_qd = b_fq
+                # [BT, BT]
+                b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+                b_A = b_s * b_D
+                # [BT, BV]
+                b_er = (b_eq * scale)[:, None]
+                b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
+                b_o *= b_er
+                b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
+                p_o = o + (o_row[:, None] * V + o_v[None, :])
+                tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
+            b_fk = b_key
+            b_kd = b_fk
+            b_vd = b_value * b_ek[:, None]
+            b_h = b_h * b_en
+            b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
 
     if ht is not None:
         if PIECES and o is None:
-            p_ht = ht + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_ht = ht + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
             tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
             tl.store(gt + i_ph, b_ld * tl.maximum(i_end - i_start, 0))
         else:
             if is_last:
-                p_ht = ht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+                p_ht = ht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
                 tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
 
 
@@ -241,7 +242,7 @@ def retnet_scan_kernel(
     m_fv = m_f[:, None] & (o_v < V)[None, :]
     b_h = tl.zeros([BF, BV], dtype=tl.float32)
     if h0 is not None:
-        p_h0 = h0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h0 = h0 + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
     for i in range(n_p):
         i_ph = (i_p0 + (n_p - 1 - i if REVERSE else i)) * H + i_h
@@ -348,7 +349,7 @@ def retnet_bwd_state_kernel(
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
 
 
-    p_dh = dh + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+    p_dh = dh + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
     tl.store(p_dh, b_dh.to(dh.dtype.element_ty), mask=m_fv)
     tl.store(gt + i_ph, b_ld * tl.maximum(i_end - i_start, 0))
 
@@ -436,7 +437,7 @@ def retnet_dq_kernel(
 
     i_t = i_start.to(tl.int64)
     i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-    p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+    p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
     b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
     b_c0 = tl.load(c0)
     b_ld = tl.maximum(b_c0, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL)
@@ -576,17 +577,17 @@ def retnet_dk_kernel(
     # [BF, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     if dhp is not None:
-        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_dhp = dhp + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
         b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
     else:
         if dht is not None:
-            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dht = dht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
     b_c0 = tl.load(c0)
     b_ld = tl.maximum(b_c0, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    # [BT, BT]
-    b_D = tl.exp(b_ld * tl.maximum(o_i[:, None] - o_i[None, :], 0)) * scale
-    b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
+    # [BT, BT], keys as rows
+    b_D = tl.exp(b_ld * tl.maximum(o_i[None, :] - o_i[:, None], 0)) * scale
+    b_D = tl.where(o_i[None, :] >= o_i[:, None], b_D, 0.0)
 
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
@@ -620,11 +621,11 @@ def retnet_dk_kernel(
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
         # [BT, BT]
-        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+        b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
 
         b_dA = (b_dA * b_D).to(DOT)
         # [BT, BK]
-        b_dkey = tl.dot(tl.trans(b_dA), b_query.to(DOT), input_precision=PRECISION)
+        b_dkey = tl.dot(b_dA, b_query.to(DOT), input_precision=PRECISION)
         b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         b_dkey = plus(b_dkey, b_dfk * b_ek[:, None])
         if dk is not None:
@@ -638,7 +639,7 @@ def retnet_dk_kernel(
 
     if dh0 is not None:
         if is_first:
-            p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dh0 = dh0 + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
 
 
@@ -724,17 +725,17 @@ def retnet_dv_kernel(
     # [BF, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     if dhp is not None:
-        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_dhp = dhp + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
         b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
     else:
         if dht is not None:
-            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            p_dht = dht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
     b_c0 = tl.load(c0)
     b_ld = tl.maximum(b_c0, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    # [BT, BT]
-    b_D = tl.exp(b_ld * tl.maximum(o_i[:, None] - o_i[None, :], 0)) * scale
-    b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
+    # [BT, BT], keys as rows
+    b_D = tl.exp(b_ld * tl.maximum(o_i[None, :] - o_i[:, None], 0)) * scale
+    b_D = tl.where(o_i[None, :] >= o_i[:, None], b_D, 0.0)
 
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
@@ -769,11 +770,11 @@ def retnet_dv_kernel(
         b_er = (b_eq * scale)[:, None]
         b_dod = b_do * b_er
         # [BT, BT]
-        b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+        b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
         b_A = b_s * b_D
         # [BT, BV]
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-        b_dvalue = tl.dot(tl.trans(b_A.to(DOT)), b_do.to(DOT), input_precision=PRECISION)
+        b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), input_precision=PRECISION)
         b_dvalue = plus(b_dvalue, b_dvi * b_ek[:, None])
         if dv is not None:
             b_dv_ = b_dvalue
@@ -865,7 +866,7 @@ def retnet_step_kernel(
         b_fk = b_key
         b_fq = b_query * scale
         # [BF, BV]
-        p_h = h + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        p_h = h + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h, mask=m_fv, other=0.0).to(tl.float32)
         b_en = tl.exp(b_ld)
         b_h = b_h * b_en + b_fk[:, None] * b_value[None, :]
@@ -1121,28 +1122,6 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         NEED_BONUS=False,
     )
     parts = [[] for _ in needs]
-    if any((needs[0],)) or need_decay:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        t = s.rows
-        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
-        retnet_dq_kernel[(rows * H * NK,)](
-            q, k, v, c0,
-            do=do,
-            hc=hc,
-            dq=dq,
-            dq_sp=dq_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=t.BV,
-            BV=s.BV,
-            BF=t.BV,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
-        parts[0].append((dq, s.dq_L))
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
@@ -1193,6 +1172,28 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             **common,
         )
         parts[2].append((dv, s.bwd_L))
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        retnet_dq_kernel[(rows * H * NK,)](
+            q, k, v, c0,
+            do=do,
+            hc=hc,
+            dq=dq,
+            dq_sp=dq_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[0].append((dq, s.dq_L))
     return parts, dh0
 
 

@@ -1,0 +1,69 @@
+"""Factors of a role that are one number a row: kernels multiply weights by them, not blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .expr import Call, Expr, Number
+from .plan_parts import row_text
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def split_rows(expr: Expr, channel: str) -> tuple[Expr | None, Expr]:
+    """expr as a product of what is one number a row, or None, and the rest, which has the channel axis."""
+    if not isinstance(expr, Call) or expr.function not in ("mul", "div", "neg"):
+        return None, expr
+    if expr.function == "neg":
+        rows, rest = split_rows(expr.args[0], channel)
+        return -(Number(1) if rows is None else rows), rest
+    left, right = expr.args
+    if channel not in right.axes:
+        rows, rest = split_rows(left, channel)
+        if expr.function == "div":
+            return (Number(1) if rows is None else rows) / right, rest
+        return right if rows is None else rows * right, rest
+    if expr.function == "mul" and channel not in left.axes:
+        rows, rest = split_rows(right, channel)
+        return left if rows is None else left * rows, rest
+    return None, expr
+
+
+def swept(plan: Plan) -> bool:
+    """Whether the kernels are those of fwd and sweeps alone."""
+    return plan.sweeps and not plan.vector and not plan.erase
+
+
+def split_value(plan: Plan) -> tuple[Expr | None, Expr]:
+    """The value as its factor of rows, or None, and the rest; whole where there are no sweeps."""
+    expr = plan.analysis.role("value")
+    assert expr is not None, "every spec has a value"
+    return split_rows(expr, "v") if swept(plan) else (None, expr)
+
+
+def value_rows(plan: Plan) -> str:
+    """The factor of the value that is one number a row, as text over blocks [BT], or nothing."""
+    rows, _ = split_value(plan)
+    return "" if rows is None else row_text(rows)
+
+
+def prepared(plan: Plan) -> bool:
+    """Whether sums of log decays are made before, by a kernel of their own."""
+    return swept(plan) and plan.decay == "scalar"
+
+
+def before(plan: Plan) -> tuple[str, ...]:
+    """What sweeps read that a kernel has prepared."""
+    return ("gsum",) * prepared(plan) + ("rden", "dden") * (plan.normalized and swept(plan))
+
+
+def written(plan: Plan) -> str:
+    """What a row of the value is multiplied by where it meets the state at the chunk's end, or nothing."""
+    factors = ["b_ek"] * plan.row_decay + ["b_vf"] * bool(value_rows(plan))
+    return f"({' * '.join(factors)})" if factors[1:] else "".join(factors)
+
+
+def early_factor(plan: Plan) -> bool:
+    """Whether the value's factor is part of the weights of pairs, which are made for each chunk."""
+    return bool(value_rows(plan)) and plan.decay == "scalar" and not plan.own_term and not plan.normalized
