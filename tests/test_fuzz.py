@@ -266,7 +266,7 @@ def test_an_exception_is_a_failure_with_a_place():
     assert found.what.startswith("ValueError in checks.py, _too_wide: gla: K = # key channels")
     assert "at most 256 are supported" in found.text
     unknown = judge(Trial(Spec("a"), **SMALL, requires_grad=("z",)))
-    assert unknown.what.startswith("ValueError in testing.py")
+    assert unknown.what.startswith("ValueError in samples.py")
 
 
 class Spoilt:
