@@ -221,7 +221,7 @@ def _value(case: Case, expr: Expr) -> Tensor:
     limits = None if limits is None else limits.tolist()
     sizes = reference._sizes(case.spec, case.inputs, limits)
     values: Any = reference._values(case.spec, case.inputs, case.scalars, sizes, limits, torch.float64)
-    found = evaluate(expr, values, sizes["h"])
+    found = torch.as_tensor(evaluate(expr, values, sizes["h"]), dtype=torch.float64, device=case.inputs[0].device)
     channels = [sizes[axis] for axis in expr.axes if axis in "kv"]
     batch, tokens = values[case.spec.value.inputs[0].name].shape[:2]
     found = found.expand(batch, tokens, sizes["h"], *(channels or [1]))

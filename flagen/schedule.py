@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 CHECKPOINT = 256  # tokens between the states that the training forward keeps
 TILES = 3  # of a state over Taylor features of order 2
 STAGED = 200 << 10  # bytes of shared memory that three stages of chunks and a state of 128 x 128 take at the most
+# channels, of keys and of values, from which on sweeps load the next chunk early: with blocks of 16 key channels and 32
+# or 64 value channels the gradient of the decay was wrong with Triton 3.6 on Hopper, or an address was bad
+PIPELINED = 64
 STATE_ELEMENTS = 1 << 14  # of a program's block of the state: 64 KiB of registers in fp32
 PRECISIONS = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
 
@@ -164,7 +167,7 @@ def schedule(
     elif not plan.tree and BF <= 128:
         # half a state, and two programs at once on a multiprocessor
         half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
-        fwd = tile(BT, half, BF * half * parts, 2 if low else 1)
+        fwd = tile(BT, half, BF * half * parts, 2 if low and min(BF, block(shape.V, triton)) >= PIPELINED else 1)
         bwd = fwd if plan.sweeps else bwd
         # of a small state two halves, rather than two pieces of the sequence and the launches that these take
         if BF <= 64 and half > 32 and programs * -(-shape.V // half) < device.multiprocessors:
@@ -241,7 +244,7 @@ def sweep_tile(BT: int, widest: int, others: int, low: bool) -> Tile:
     other side: half a state and two programs at once on a multiprocessor where that leaves blocks of 64."""
     elements = STATE_ELEMENTS // 2 if others <= 128 else STATE_ELEMENTS
     size = value_block(widest, others, elements)
-    return tile(BT, size, size * others, 2 if low and others <= 128 else 1)
+    return tile(BT, size, size * others, 2 if low and min(size, others) >= PIPELINED and others <= 128 else 1)
 
 
 def feature_tile(BF: int, widest: int, chunk_size: int | None, low: bool) -> Tile:

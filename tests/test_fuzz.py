@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import flagen
-from flagen import cli_fuzz, fuzz_exprs, fuzz_hunt, specs, testing
+from flagen import cli_fuzz, fuzz_exprs, fuzz_hunt, fuzz_judge, specs, testing
 from flagen.__main__ import main, parser
 from flagen.errors import FlagenError
 from flagen.expr import (
@@ -34,6 +35,10 @@ from flagen.expr import (
     logsigmoid,
     maximum,
     q,
+    silu,
+    softplus,
+    sqrt,
+    tanh,
     v,
 )
 from flagen.expr import abs as absolute
@@ -44,7 +49,7 @@ from flagen.fuzz_judge import Outcome, judge, unsharp
 from flagen.fuzz_specs import PROFILES, trials
 from flagen.intervals import interval
 from flagen.samples import make_inputs
-from flagen.spec import Spec, default_inputs
+from flagen.spec import Spec, SpecWarning, default_inputs
 
 gs, gk, u, th = Input("gs", "b t h"), Input("gk", "b t h k"), Input("u", "h k"), Input("th", "b t h k")
 SMALL = {"B": 1, "T": 17, "H": 2, "K": 5, "V": 3}
@@ -615,6 +620,55 @@ def test_arguments_of_the_command():
 def test_what_is_known_is_printed_when_it_is_interrupted(monkeypatch, capsys):
     assert run_with(monkeypatch, [([LINE], [FINDING]), KeyboardInterrupt]) == 1
     assert "1 specs, 1 cases, 0 failed, 1 distinct, 0 ill; seed 5" in capsys.readouterr().out
+
+
+# what a run on a GPU has found, in bf16 with blocks of 16 key channels and more of values: see schedule.PIPELINED
+x_t, x_th, y_hk = Input("x_t", "t"), Input("x_th", "t h"), Input("y_hk", "h k")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", SpecWarning)
+    FOUND = {
+        "a bad address": Trial(
+            Spec(
+                "drawn",
+                query=q * 0.7 + 0.1,
+                key=k * (y_hk / (1 + absolute(y_hk))),
+                value=2 ** tanh(v),
+                log_decay=maximum(logsigmoid(x_th + (1 - exp(-softplus(x_t)))) / 2, -1),
+                feature_map=silu,
+                scale=0.3,
+            ),
+            T=31, H=6, K=16, V=40, dtype="bfloat16", gate_dtype="bfloat16", requires_grad=("k", "x_th", "y_hk"),
+            decode=1, seed=306,
+        ),
+        "a wrong gradient": Trial(
+            Spec(
+                "drawn",
+                key=k + tanh(x_t),
+                value=-v,
+                log_decay=logsigmoid(x_t) / 4,
+                normalize=lambda n: sqrt(n * n + 1),
+            ),
+            B=2, T=96, H=6, K=5, V=24, dtype="bfloat16", initial_state=True, final_state=True, layout="spread",
+            decode=1, seed=998,
+        ),
+    }  # fmt: skip
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@DEVICES
+@pytest.mark.filterwarnings("ignore::flagen.spec.SpecWarning")
+@pytest.mark.parametrize("found", FOUND.values(), ids=FOUND)
+def test_what_was_found_before(found, device):
+    outcome = judge(replace(found, device=device, backend="auto"))
+    assert outcome.status in ("ok", "ill"), outcome.text
+
+
+def test_a_number_as_decay_has_a_value_for_every_token():
+    """Where a trial differs its values are moved, those of a decay that is a number too."""
+    trial = Trial(Spec("number", log_decay=-0.05), T=4, K=3, V=2, cu_seqlens=(0, 3, 4))
+    found = fuzz_judge._value(trial.case(), trial.spec.log_decay)
+    assert found.shape == (1, 4, 1, 1) and found[0, :, 0, 0].tolist() == [-0.05] * 4
+    assert fuzz_judge._moved(trial.case(), 0) is not None
 
 
 @pytest.mark.gpu
