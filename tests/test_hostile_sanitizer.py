@@ -54,12 +54,12 @@ def test_processes_share_the_runs(tmp_path, capfd, monkeypatch):
 
 def test_shards_are_samples_of_everything():
     names = gpu_sanitizer.shipped()
-    for count in (1, 2, 3, 5):
+    for count in (1, 2, 3):
         parts = [gpu_sanitizer.sharded(names, f"{i + 1}/{count}") for i in range(count)]
         assert sorted(run for part in parts for run in part) == sorted(gpu_sanitizer.sharded(names, "1/1"))
         for part in parts:
             assert {run.partition(" ")[2] for run in part} == set(gpu_sanitizer.FORMS)
-            assert len({run.split()[0] for run in part}) > len(names) / 2
+            assert len({run.split()[0] for run in part}) >= 0.6 * len(names)
 
 
 def test_the_runs_run(capfd):
