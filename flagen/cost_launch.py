@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .schedule import Schedule, Shape
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
-          torch.int32: "int32", torch.int64: "int64", torch.bool: "int1"}  # fmt: skip
+          torch.int32: "int32", torch.int64: "int64", torch.int8: "int8", torch.bool: "int1"}  # fmt: skip
 # of torch's operators: those that allocate and write nothing
 _NEW = frozenset(("empty", "new_empty", "empty_like", "empty_strided", "lift_fresh"))
 

@@ -115,7 +115,8 @@ class _Run:
             old = self.name(node.target, scope)
             scope[node.target.id] = self.binary(type(node.op), old, self.value(node.value, scope), node)
         elif isinstance(node, ast.If):
-            self.block(node.body if self.taken(node.test, scope) else node.orelse, scope)
+            leaves = isinstance(node.body[0], ast.Return) and ast.unparse(node.test).endswith(" == 0")
+            self.block(node.body if self.taken(node.test, scope, leaves) else node.orelse, scope)
         elif isinstance(node, ast.For):
             self.loop(node, scope)
         elif isinstance(node, ast.Return):
@@ -155,10 +156,10 @@ class _Run:
             raise CostError(f"{self.where}: {ast.unparse(node)} bounds a loop and is not known before the kernel runs")
         return int(value)
 
-    def taken(self, node: ast.expr, scope: Mapping[str, Any]) -> bool:
-        """Whether a branch is taken; one that depends on the data is not, in the ordinary case."""
+    def taken(self, node: ast.expr, scope: Mapping[str, Any], leaves: bool) -> bool:
+        """Whether a branch is taken; one that depends on the data is not, in the ordinary case, unless it `leaves`."""
         value = self.value(node, scope)
-        return bool(value) and not (isinstance(value, Block) and not value.tensor)
+        return leaves if isinstance(value, Block) and not value.tensor else bool(value)
 
     def truth(self, node: ast.expr, scope: Mapping[str, Any]) -> bool:
         value = self.value(node, scope)

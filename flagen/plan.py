@@ -88,10 +88,15 @@ class Plan(ErasePlan):
         return bool(self.channel_decay)
 
     @property
+    def serial_tree(self) -> bool:
+        """Whether the serial kernels take pairs by the product tree."""
+        return self.tree and not self.intra
+
+    @property
     def intra(self) -> bool:
-        """Whether the pairs inside chunks have kernels of their own: with a decay per key channel they cost more than
-        all the rest."""
-        return self.decay == "key" and not self.complex
+        """Whether all that a chunk needs no state for has kernels of its own, which are parallel over chunks: with a
+        decay per key channel it costs more than all the rest."""
+        return self.decay == "key" and not self.complex and not self.erase
 
     @property
     def sweeps(self) -> bool:
@@ -288,16 +293,14 @@ class Plan(ErasePlan):
         return Term(role, text, text_turned, bool(channel) and tensor is not None and not tensor.channel)
 
     def gradients_after(self, stage: str) -> tuple[Gradient, ...]:
-        """The gradients that are whole once the role `stage` has its own: kernels store them there. What needs the
-        decay's or the angle's gradient comes last, and a bonus has its own before the query."""
+        """The gradients that are whole once the role `stage` has its own: kernels store them there."""
+        return self.whole_after(stage, self.gradients)
+
+    def whole_after(self, stage: str, gradients: tuple[Gradient, ...]) -> tuple[Gradient, ...]:
+        """Those of `gradients` that are whole once the role `stage` has its own. What needs the decay's or the angle's
+        gradient comes last, and a bonus has its own before the query."""
         order = {"bonus": 0, "query": 0, "key": 1, "value": 2, "log_decay": 3, "gate": 3, "phase": 3}
-        found = []
-        for x in self.gradients:
-            # pairs inside chunks have given a bonus its gradient already
-            terms = tuple(term for term in x.terms if not (self.intra and term.role == "bonus"))
-            if terms and max(order[term.role] for term in terms) == order[stage]:
-                found.append(Gradient(x.tensor, terms))
-        return tuple(found)
+        return tuple(x for x in gradients if x.terms and max(order[term.role] for term in x.terms) == order[stage])
 
     def gradients_of(self, *roles: str) -> tuple[Gradient, ...]:
         """The gradients by the named roles alone."""
@@ -356,6 +359,11 @@ class Plan(ErasePlan):
         names = {one.name for one in self.tensors_of(*roles)}
         names |= {leaf.name for of, _, diff in self.analysis.gradients if of == role for leaf in leaves(diff)}
         return tuple(tensor for tensor in self.tensors if tensor.name in names)
+
+    @cached_property
+    def value_tensors(self) -> tuple[TensorArg, ...]:
+        """What values need."""
+        return self.tensors_of("value")
 
     @cached_property
     def intra_tensors(self) -> tuple[TensorArg, ...]:

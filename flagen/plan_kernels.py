@@ -9,14 +9,23 @@ from .plan_parts import Kernel
 if TYPE_CHECKING:
     from .plan import Plan
 
+# what is prepared for chunks with a decay per key channel, beside the weights of pairs, A
+PREPARED = ("qd", "kd", "gn")
+
 
 def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
     """What is launched for a call, in order."""
     if plan.vector:
         return _of_vector(plan)
     names = tuple(one.name for one in plan.inputs)
-    state = ("S", "z") if plan.normalized else ("S",)
+    state = _state(plan)
     held = (*state, "m") if plan.stabilized else state
+    scan = Kernel(name=f"{plan.name}_scan_kernel", direction="either", reads=state, writes=state,
+                  when="the sequence is cut into pieces: their true first states")  # fmt: skip
+    step = Kernel(name=f"{plan.name}_step_kernel", direction="one token", reads=(*names, *held), writes=("o", *held),
+                  when="decode")  # fmt: skip
+    if plan.intra:
+        return (*_by_key_forward(plan), scan, *_by_key_backward(plan), step)
     keys = tuple(one.name for one in plan.state_tensors if not one.is_constant)
     queries = tuple(one.name for one in plan.adjoint_tensors if not one.is_constant)
     decays = tuple(one.name for one in plan.tensors_of("log_decay") if not one.is_constant)
@@ -27,20 +36,22 @@ def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
                when="always"),
         Kernel(name=f"{plan.name}_fwd_kernel", direction="forward", reads=keys, writes=state,
                when="the sequence is cut into pieces: their end states, from zero"),
-        Kernel(name=f"{plan.name}_scan_kernel", direction="either", reads=state, writes=state,
-               when="the sequence is cut into pieces: their true first states"),
+        scan,
         *_prepared(plan, "norm", ("do", "o"), "a gradient is asked for: that of the normaliser"),
         Kernel(name=f"{plan.name}_bwd_state_kernel", direction="backward", reads=(*queries, "do"),
                writes=tuple(f"d{x}" for x in state), when="the backward is cut into pieces"),
         *_backward(plan),
-        Kernel(name=f"{plan.name}_step_kernel", direction="one token", reads=(*names, *held), writes=("o", *held),
-               when="decode"),
+        step,
     )  # fmt: skip
+
+
+def _state(plan: Plan) -> tuple[str, ...]:
+    return ("S", "z") if plan.normalized else ("S",)
 
 
 def _backward(plan: Plan) -> tuple[Kernel, ...]:
     names = tuple(one.name for one in plan.inputs)
-    state = ("S", "z") if plan.normalized else ("S",)
+    state = _state(plan)
     if not plan.sweeps and not plan.tiled:
         whole = Kernel(name=f"{plan.name}_bwd_kernel", direction="backward", reads=(*names, "do", *state),
                        writes=tuple(f"d{name}" for name in names), when="a gradient is asked for")  # fmt: skip
@@ -83,6 +94,41 @@ def _of_vector(plan: Plan) -> tuple[Kernel, ...]:
                writes=tuple(f"d{name}" for name in names), when="a gradient is asked for"),
         Kernel(name=f"{plan.name}_step_kernel", direction="one token", reads=(*names, "h"), writes=("o", "h"),
                when="decode"),
+    )  # fmt: skip
+
+
+def _by_key_forward(plan: Plan) -> tuple[Kernel, ...]:
+    state = _state(plan)
+    chunks = tuple(x.name for x in plan.intra_tensors if not x.is_constant)
+    values = tuple(x.name for x in plan.value_tensors if not x.is_constant)
+    return (
+        Kernel(name=f"{plan.name}_prepare_kernel", direction="chunks", reads=chunks, writes=(*PREPARED, "A"),
+               when="always, before the forward and before the backward"),
+        Kernel(name=f"{plan.name}_pairs_kernel", direction="chunks", reads=chunks, writes=("A",),
+               when="after it, for rows whose decays are too strong to be divided by"),
+        Kernel(name=f"{plan.name}_fwd_kernel", direction="forward", reads=(*PREPARED, "A", *values),
+               writes=("o", *state), when="always"),
+        Kernel(name=f"{plan.name}_fwd_kernel", direction="forward", reads=("kd", "gn", *values), writes=state,
+               when="the sequence is cut into pieces: their end states, from zero"),
+    )  # fmt: skip
+
+
+def _by_key_backward(plan: Plan) -> tuple[Kernel, ...]:
+    state = _state(plan)
+    values = tuple(x.name for x in plan.value_tensors if not x.is_constant)
+    keyed = plan.gradients_of("query", "key", "log_decay", "bonus")
+    return (
+        Kernel(name=f"{plan.name}_dq_kernel", direction="forward", reads=("kd", "gn", *values, "do", *state),
+               writes=("dqd",), when="a gradient of what query or decay use is asked for"),
+        Kernel(name=f"{plan.name}_dk_kernel", direction="backward", reads=("qd", "gn", *values, "do", *state),
+               writes=("dkd",), when="a gradient of what key or decay use is asked for"),
+        Kernel(name=f"{plan.name}_dv_kernel", direction="backward", reads=(*PREPARED, "A", "do"),
+               writes=tuple(f"d{x.name}" for x in plan.gradients_of("value")),
+               when="a gradient of what value uses is asked for"),
+        Kernel(name=f"{plan.name}_bwd_intra_kernel", direction="chunks",
+               reads=(*(x.name for x in plan.inputs), "do", "dqd", "dkd"),
+               writes=tuple(f"d{x.name}" for x in keyed),
+               when="a gradient of what query, key, decay or bonus use is asked for"),
     )  # fmt: skip
 
 

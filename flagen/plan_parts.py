@@ -155,6 +155,7 @@ class Held:
 # blocks that kernels make themselves; an input of such a name gets another block
 OWN_BLOCKS = frozenset(
     """
+    cq gn dqd dkd zr zl el far mark c
     query key value ld turn angle h hi hr z ch chi cz er dnd dh dhi dhr dz A dA D s c ct n dn o do dod d dd ds own
     fk fq kd qd vd en ek eq cn sn ck sk cr sr cl sl qc qs kc ks x xl xq xk xqi xki y yl yqi yki all weight first
     second k1 k2 q1 q2 tree gt at dquery dkey dvalue dlog_decay dphase dbonus dfq dfk dvi dqr dqi dkr dki dqc dqs

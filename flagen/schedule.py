@@ -164,15 +164,21 @@ def schedule(
     if plan.tiled:
         fwd = bwd = feature_tile(BF, block(shape.V, triton), chunk_size, low)
     # blocks of more than 128 rows and 32 columns gave wrong outputs and bad addresses with Triton 3.6 on Hopper
-    elif not plan.tree and BF <= 128:
+    elif not plan.serial_tree and BF <= 128:
         # half a state, and two programs at once on a multiprocessor
         half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
+<<<<<<< HEAD
+        fwd = tile(BT, half, BF * half * parts, 2 if low else 1)
+        bwd = fwd if plan.sweeps or plan.intra else bwd
+=======
         fwd = tile(BT, half, BF * half * parts, 2 if low and min(BF, block(shape.V, triton)) >= PIPELINED else 1)
         bwd = fwd if plan.sweeps else bwd
+>>>>>>> 540753596157c3c098893814160d9d7c4820a8d7
         # of a small state two halves, rather than two pieces of the sequence and the launches that these take
         if BF <= 64 and half > 32 and programs * -(-shape.V // half) < device.multiprocessors:
             fwd = tile(BT, 32, BF * 32 * parts, 2 if low else 1)
-    intra, bwd_intra = Tile(BT, 64, 2, 1), Tile(BT, 64, 4, 1)
+    # narrower blocks, also of fewer key channels, gave wrong gradients and bad addresses with Triton 3.6 on Hopper
+    intra, bwd_intra = Tile(BT, 64, 4, 1), Tile(BT, 64, 4, 1)
     if plan.erase:
         # not pipelined, so that two programs fit a multiprocessor; blocks of 32 value channels are not believed
         size = max(64, BV if BF > 128 else value_block(BV, BF, STATE_ELEMENTS // 2))
@@ -221,7 +227,7 @@ def block(size: int, triton: Any) -> int:
 
 def chunk(plan: Plan, BF: int, low: bool) -> int:
     """Tokens per chunk: as many as the tiles [BT, BF] leave registers for."""
-    widest = 64 if low and not plan.tree else 32
+    widest = 64 if low and not plan.serial_tree else 32
     return max(16, min(widest, STATE_ELEMENTS // BF))
 
 

@@ -64,21 +64,6 @@ def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISIO
 
 
 @triton.jit
-def sum_rows(b_x, m_steps, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
-    """sum_steps for turned blocks: sums of the columns of b_x [BC, BT] picked by m_steps [BT, BT], steps as rows."""
-    if DOT == tl.bfloat16:
-        b_m = m_steps.to(tl.float32).to(tl.bfloat16)
-        b_part = b_x.to(tl.bfloat16)
-        b_sum = tl.dot(b_part, b_m)
-        for _ in tl.static_range(PARTS - 1):
-            b_x = b_x - b_part.to(tl.float32)
-            b_part = b_x.to(tl.bfloat16)
-            b_sum = tl.dot(b_part, b_m, b_sum)
-        return b_sum
-    return tl.dot(b_x, m_steps.to(tl.float32), input_precision=SUM_PRECISION)
-
-
-@triton.jit
 def tree_level(o_i, b_r, b_l, b_g, i, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
     """Level i of the product tree: blocks of 2 ** (i + 1) rows, of which the right half meets the left.
 
@@ -152,45 +137,133 @@ def tree_apply(
     return b_or, b_ol, b_x, b_xl
 
 
-@triton.jit
-def pair_scores(
-    b_r,
-    b_l,
-    b_g,
+# What a chunk needs no state for, so that the serial kernels are left with little to do: queries times the decay from the chunk's start
+# to them and scale, qd; keys times that from them to its end, kd [B, T, H, K]; its whole log decay gn [chunks, H, K]; and the weights of its
+# pairs A [B, T, H, BT]. A program owns a chunk and a head, and takes key channels in blocks of BK.
+# The decay of a pair is the quotient of those since the chunk's start: rows that a decay beyond -SPAN leads to are marked in far [B, T, H], and so are
+# all rows where operands are wider than bf16.
+@triton.jit(do_not_specialize=["T", "N", "NP"])
+def gla_prepare_kernel(
+    q,
+    k,
+    g,
+    qd,
+    kd,
+    gn,
+    A,
+    far,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
+    g_sb,
+    g_st,
+    g_sh,
+    N,
+    T,
+    H,
+    NP,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
+    G_g: tl.constexpr,
+    K: tl.constexpr,
     BT: tl.constexpr,
+    BK: tl.constexpr,
     LEVELS: tl.constexpr,
     PARTS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM_PRECISION: tl.constexpr,
 ):
-    """tree_scores, by one product where it can be: where no channel decays by more than exp(-SPAN) from the chunk's start to a
-    row, the decay from another row to it is the quotient of those since the start. The other rows are the tree's, which only
-    a chunk that has such rows pays for. What a row gets depends on no token after it, bit for bit.
-    """
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    i_p = tl.program_id(0) // H
+    i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, BT, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    i_ph = i_p.to(tl.int64) * H + i_h
     o_i = tl.arange(0, BT)
-    b_cl = sum_steps(o_i[None, :] <= o_i[:, None], b_g, PARTS, DOT, SUM_PRECISION)
-    b_cr = b_cl
+    i_c = i_start // BT
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
+    g += i_b * g_sb
+    g += (i_h // G_g) * g_sh
+    m_below = o_i[None, :] < o_i[:, None]
+    # [BT, BT]
+    b_A = tl.zeros([BT, BT], dtype=tl.float32)
     # [BT]
-    m_near = tl.min(b_cr, 1) > -SPAN
-    b_zr = (b_r * tl.exp(b_cr)).to(DOT)
-    b_zl = (b_l * tl.exp(tl.minimum(-b_cl, SPAN))).to(DOT)
-    b_A = tl.dot(b_zr, tl.trans(b_zl), input_precision=PRECISION)
-    b_A = tl.where((o_i[:, None] > o_i[None, :]) & m_near[:, None], b_A, 0.0)
-    if tl.min(m_near.to(tl.int32), 0) == 0:
-        b_far = tree_scores(b_r, b_l, b_g, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-        b_A = tl.where(m_near[:, None], b_A, b_far)
-    return b_A
+    b_d = tl.zeros([BT], dtype=tl.float32)
+    b_c = tl.zeros([BT], dtype=tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        m_tk = m_t[:, None] & m_k[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = g + o_t[:, None] * g_st + o_k[None, :]
+        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        b_key = b_k
+        b_query = b_q
+        # [BT, BK]
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        b_gn = tl.sum(b_ld, 0)
+        if DOT == tl.bfloat16:
+            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+            b_cq = sum_steps(m_below, b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+            b_ck = b_cq + b_ld
+            b_cq = b_ck
+            b_ek = tl.exp(b_gn[None, :] - b_ck)
+        else:
+            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
+            b_ck = b_cq
+            b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+        b_eq = tl.exp(b_cq)
+        b_qd = (b_query * (b_eq * scale)).to(DOT)
+        p_d = o_row[:, None] * K + o_k[None, :]
+        tl.store(qd + p_d, b_qd.to(qd.dtype.element_ty), mask=m_tk)
+        tl.store(kd + p_d, (b_key * b_ek).to(kd.dtype.element_ty), mask=m_tk)
+        tl.store(gn + i_ph * K + o_k, b_gn, mask=m_k)
+        if DOT == tl.bfloat16:
+            b_c = tl.minimum(b_c, tl.min(b_cq, 1), propagate_nan=tl.PropagateNan.ALL)
+            b_zl = (b_key * tl.exp(tl.minimum(-b_ck, SPAN))).to(DOT)
+            b_A = tl.dot(b_qd, tl.trans(b_zl), b_A, input_precision=PRECISION)
+            b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
+    if DOT == tl.bfloat16:
+        b_A = tl.where(o_i[:, None] > o_i[None, :], b_A, 0.0)
+        b_A = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_A)
+        tl.store(A + o_row[:, None] * BT + o_i[None, :], b_A.to(A.dtype.element_ty), mask=m_t[:, None])
+        m_near = b_c > -SPAN
+    else:
+        m_near = b_c < 0
+    tl.store(far + o_row, tl.where(m_near, 0, 1).to(tl.int8), mask=m_t)
 
 
-# The weights of the pairs inside each chunk, A [B, T, H, BT], which need no state: a program owns a chunk and a head, so that the
-# serial kernel is left with little to do for each chunk. Key channels are taken in blocks of BK.
+# The weights of the pairs of the rows that are marked in far, by a product tree, which is exact at any decay.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
-def gla_intra_kernel(
+def gla_pairs_kernel(
     q,
     k,
     g,
     A,
+    far,
     cu_seqlens,
     scale,
     q_sb,
@@ -233,6 +306,10 @@ def gla_intra_kernel(
     # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
     o_t = i_t + o_i
     o_row = (i_b * T + o_t) * H + i_h
+    # [BT]
+    m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
+    if tl.max(m_far.to(tl.int32), 0) == 0:
+        return
     q += i_b * q_sb
     q += (i_h // G_q) * q_sh
     k += i_b * k_sb
@@ -258,24 +335,34 @@ def gla_intra_kernel(
         b_query = b_q
         # [BT, BK]
         b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_A += pair_scores(b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_A += tree_scores(b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
         b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
     b_A = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_A)
-    tl.store(A + o_row[:, None] * BT + o_i[None, :], b_A.to(A.dtype.element_ty), mask=m_t[:, None])
+    tl.store(A + o_row[:, None] * BT + o_i[None, :], b_A.to(A.dtype.element_ty), mask=m_far[:, None])
 
 
-# What the pairs inside each chunk give to the gradients; the serial kernel adds what passes through the states.
-@triton.jit(do_not_specialize=["T", "N", "NP"])
+# The gradients of what queries, keys and decays use, from those of qd and kd, dqd and dkd, which the serial kernels have made: adds what
+# pairs inside the chunks give. A program owns a head, a block of K and the LC tokens of a checkpoint, where hdh is the product of state and adjoint:
+# what passes step r on the way of the decay is what passed the checkpoint, less what was read, plus what was written since. Gradients are
+# contiguous, and fp32 where programs hold parts of them; <x>_sp is the stride between those parts. TREE: only where a row is marked in far, else
+# only where none is.
+@triton.jit(do_not_specialize=["T", "N", "NP", "NC"])
 def gla_bwd_intra_kernel(
     q,
     k,
     v,
     g,
     do,
+    dqd,
+    dkd,
+    hdh,
+    far,
     dq,
+    dq_sp,
     dk,
-    dv,
+    dk_sp,
     dg,
+    dg_sp,
     cu_seqlens,
     scale,
     q_sb,
@@ -297,12 +384,14 @@ def gla_bwd_intra_kernel(
     T,
     H,
     NP,
+    NC,
     G_q: tl.constexpr,
     G_k: tl.constexpr,
     G_v: tl.constexpr,
     G_g: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    LC: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -311,24 +400,31 @@ def gla_bwd_intra_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM_PRECISION: tl.constexpr,
-    NEED_VALUE: tl.constexpr,
+    TREE: tl.constexpr,
     NEED_BONUS: tl.constexpr,
 ):
-    i_h = (tl.program_id(0) % H).to(tl.int64)
-    i_p = tl.program_id(0) // H
-    i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, BT, NP)
+    NK: tl.constexpr = (K + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    i_h = (tl.program_id(0) // NK % H).to(tl.int64)
+    i_p = tl.program_id(0) // NK // H
+    i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, LC, NP)
     i_n = i_n.to(tl.int64)
     i_b = i_n if cu_seqlens is None else i_n * 0
     o_i = tl.arange(0, BT)
-    i_c = i_start // BT
-    i_t = i_c * BT
-    i_lo = tl.maximum(i_start - i_t, 0)
-    n_t = tl.minimum(i_end - i_t, BT) - i_lo
-    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-    i_t = i_t.to(tl.int64)
-    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-    o_t = i_t + o_i
-    o_row = (i_b * T + o_t) * H + i_h
+    if DOT == tl.bfloat16:
+        o_f = i_start + tl.arange(0, LC)
+        o_f = (i_b * T + o_f) * H + i_h
+        b_mark = tl.load(far + o_f, mask=i_start + tl.arange(0, LC) < i_end, other=0)
+        n_far = tl.max(b_mark.to(tl.int32), 0)
+        if TREE:
+            if n_far == 0:
+                return
+        else:
+            if n_far > 0:
+                return
+    m_below = o_i[None, :] < o_i[:, None]
+    o_k = i_k * BK + tl.arange(0, BK)
+    m_k = o_k < K
     q += i_b * q_sb
     q += (i_h // G_q) * q_sh
     k += i_b * k_sb
@@ -338,28 +434,37 @@ def gla_bwd_intra_kernel(
     g += i_b * g_sb
     g += (i_h // G_g) * g_sh
 
-    # [BT, BT]
-    b_dA = tl.zeros([BT, BT], dtype=tl.float32)
-    b_dd = tl.zeros([BT], dtype=tl.float32)
-    for i_v in range(tl.cdiv(V, BV)):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = o_v < V
-        m_tv = m_t[:, None] & m_v[None, :]
-        # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0)
-        b_value = b_v
-        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-        b_do = tl.load(p_do, mask=m_tv, other=0.0)
-        b_dA += tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        b_dd += tl.sum(b_do.to(tl.float32) * b_value.to(tl.float32), 1)
-    b_ds = b_dd * scale
-    b_A = tl.zeros([BT, BT], dtype=tl.float32)
-    b_d = tl.zeros([BT], dtype=tl.float32)
-    for i_k in range(tl.cdiv(K, BK)):
-        o_k = i_k * BK + tl.arange(0, BK)
-        m_k = o_k < K
+
+    # [BK]
+    b_all = tl.zeros([BK], dtype=tl.float32)
+    if hdh is not None:
+        i_s = (i_start // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+        b_all = tl.load(hdh + i_s * K + o_k, mask=m_k, other=0.0)
+    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
+        # [BT, BT]
+        b_dA = tl.zeros([BT, BT], dtype=tl.float32)
+        for i_v in range(tl.cdiv(V, BV)):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = o_v < V
+            m_tv = m_t[:, None] & m_v[None, :]
+            # [BT, BV]
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0)
+            b_value = b_v
+            p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+            b_do = tl.load(p_do, mask=m_tv, other=0.0)
+            b_dA += tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+        # [BT]
+        b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1) * scale
         # [BT, BK]
         p_x = q + o_t[:, None] * q_st + o_k[None, :]
         b_q = tl.load(p_x, mask=m_tk, other=0.0)
@@ -373,59 +478,77 @@ def gla_bwd_intra_kernel(
         b_query = b_q
         # [BT, BK]
         b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        if NEED_VALUE:
-            b_A += tree_scores(b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-            b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
-        # [BT, BK]
-        b_dquery, b_dkey, b_x, b_xl = tree_apply(
-            b_dA, b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
-        )
+        b_gn = tl.sum(b_ld, 0)
+        if DOT == tl.bfloat16:
+            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+            b_cq = sum_steps(m_below, b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+            b_ck = b_cq + b_ld
+            b_cq = b_ck
+            b_ek = tl.exp(b_gn[None, :] - b_ck)
+        else:
+            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
+            b_ck = b_cq
+            b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+        b_eq = tl.exp(b_cq)
+        # [BT, BK]: the sums over pairs by products of query and key with the decays since the chunk's start
+        b_w = tl.where(m_below, b_dA, 0.0).to(DOT)
+        b_el = tl.exp(tl.minimum(-b_ck, SPAN))
+        b_zr = (b_query * (b_eq * scale)).to(DOT)
+        b_zl = (b_key * b_el).to(DOT)
+        b_dquery = tl.dot(b_w, b_zl, input_precision=PRECISION)
+        # both sides of a pair give the same rounded product, so that pairs on one side of a token cancel
+        b_x = b_dquery * b_zr.to(tl.float32)
+        b_dquery *= b_eq
+        if TREE:
+            m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
+            b_far, b_dkey, b_x, b_xl = tree_apply(
+                b_dA, b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
+            )
+            b_dquery = tl.where(m_far[:, None], b_far, b_dquery)
+            b_x += b_xl
+        o_d = o_row[:, None] * K + o_k[None, :]
+        if dqd is not None:
+            b_dqd = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_eq
+            b_dquery += b_dqd
+            b_x += b_dqd * b_query * scale
         b_dquery = b_dquery * scale + b_ds[:, None] * b_key
-        b_dkey += b_ds[:, None] * b_query
-        b_dlog_decay = sum_steps(o_i[None, :] >= o_i[:, None], b_x, 2, DOT, SUM_PRECISION)
         if dq is not None:
             b_dq_ = b_dquery
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+        if not TREE:
+            b_dkey = tl.dot(tl.trans(b_w), b_zr, input_precision=PRECISION)
+            b_xl = b_dkey * b_zl.to(tl.float32)
+            b_dkey *= b_el
+        if dkd is not None:
+            b_dkd = tl.load(dkd + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_ek
+            b_dkey += b_dkd
+            b_xl += b_dkd * b_key
+        b_dkey += b_ds[:, None] * b_query
         if dk is not None:
             b_dk_ = b_dkey
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
+        if hdh is not None:
+            # less what the rows read, and with what they wrote
+            b_dlog_decay = b_all[None, :] - sum_steps(m_below, b_x - b_xl, 2, DOT, SUM_PRECISION)
+            b_all -= tl.sum(b_x - b_xl, 0)
         if dg is not None:
             b_dg_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
             p_d = dg + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dg_.to(dg.dtype.element_ty), mask=m_tk)
-    if NEED_VALUE:
-        b_A = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_A).to(DOT)
-        for i_v in range(tl.cdiv(V, BV)):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = o_v < V
-            m_tv = m_t[:, None] & m_v[None, :]
-            # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0)
-            b_value = b_v
-            p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-            b_do = tl.load(p_do, mask=m_tv, other=0.0)
-            # [BT, BV]
-            b_dvalue = tl.dot(tl.trans(b_A), b_do.to(DOT), input_precision=PRECISION)
-            if dv is not None:
-                b_dv_ = b_dvalue
-                p_d = dv + (o_row[:, None] * V + o_v[None, :])
-                tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
 
 
 # A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
 #   S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = scale * q_t^T S_t
-# The pairs inside a chunk have their weights in A [B, T, H, BT].
 # With o=None it only carries the state: the first of two passes over a sequence that is cut into pieces.
 # N, H, K, V, F: sequences, heads, key and value channels, rows of the state. L, LC: tokens per piece and per checkpoint.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
 def gla_fwd_kernel(
-    q,
-    k,
     v,
-    g,
+    qd,
+    kd,
+    gn,
     A,
     o,
     h0,
@@ -433,29 +556,16 @@ def gla_fwd_kernel(
     hc,
     gt,
     cu_seqlens,
-    scale,
-    q_sb,
-    q_st,
-    q_sh,
-    k_sb,
-    k_st,
-    k_sh,
     v_sb,
     v_st,
     v_sh,
-    g_sb,
-    g_st,
-    g_sh,
     N,
     T,
     H,
     L,
     NP,
     NC,
-    G_q: tl.constexpr,
-    G_k: tl.constexpr,
     G_v: tl.constexpr,
-    G_g: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
@@ -464,12 +574,9 @@ def gla_fwd_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BF: tl.constexpr,
-    LEVELS: tl.constexpr,
     PIECES: tl.constexpr,
-    PARTS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -481,27 +588,17 @@ def gla_fwd_kernel(
     # row of the piece, and of the sequence, in tensors with a head axis
     i_ph = i_p.to(tl.int64) * H + i_h
     i_nh = i_n * H + i_h
-    q += i_b * q_sb
-    q += (i_h // G_q) * q_sh
-    k += i_b * k_sb
-    k += (i_h // G_k) * k_sh
     v += i_b * v_sb
     v += (i_h // G_v) * v_sh
-    g += i_b * g_sb
-    g += (i_h // G_g) * g_sh
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
-    o_f = o_k
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
-    m_f = m_k
     m_v = o_v < V
+    o_f = o_k
+    m_f = m_k
     m_fv = m_f[:, None] & m_v[None, :]
-    # which steps r (rows) lie between the chunk's start and a row's read of the state, and after a row
-    m_read = o_i[:, None] <= o_i[None, :]
-    m_after = o_i[:, None] > o_i[None, :]
-
     # [BK, BV]
     b_h = tl.zeros([BF, BV], dtype=tl.float32)
     if h0 is not None:
@@ -520,7 +617,7 @@ def gla_fwd_kernel(
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
         o_row = (i_b * T + o_t) * H + i_h
-        m_kt = m_k[:, None] & m_t[None, :]
+        m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         if hc is not None:
             if (i_t % LC == 0) | (i_t <= i_start):
@@ -528,38 +625,29 @@ def gla_fwd_kernel(
                 p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
                 tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
 
-        # [BK, BT]
-        p_x = q + o_t[None, :] * q_st + o_k[:, None]
-        b_q = tl.load(p_x, mask=m_kt, other=0.0)
-        # [BK, BT]
-        p_x = k + o_t[None, :] * k_st + o_k[:, None]
-        b_k = tl.load(p_x, mask=m_kt, other=0.0)
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
         b_v = tl.load(p_x, mask=m_tv, other=0.0)
-        # [BK, BT]
-        p_x = g + o_t[None, :] * g_st + o_k[:, None]
-        b_g = tl.load(p_x, mask=m_kt, other=0.0).to(tl.float32)
-        b_key = b_k
         b_value = b_v
-        # [BK, BT]
-        b_ld = tl.where(m_kt, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_en = tl.exp(tl.sum(b_ld, 1))
+        # [BT, BK]
+        b_kd = tl.load(kd + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        # [BK]
+        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        b_gn = tl.load(gn + i_g * K + o_k, mask=m_k, other=0.0)
+        b_en = tl.exp(b_gn)
         if o is not None:
-            b_query = b_q
-            b_eq = tl.exp(sum_rows(b_ld, m_read, PARTS, DOT, SUM_PRECISION)) * scale
-            b_qd = b_query * b_eq
+            # [BT, BK]
+            b_qd = tl.load(qd + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
             # [BT, BT]
-            b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+            b_A = tl.load(A + (o_row[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0.0)
             # [BT, BV]
-            b_o = tl.dot(tl.trans(b_qd.to(DOT)), b_h.to(DOT), input_precision=PRECISION)
+            b_o = tl.dot(b_qd, b_h.to(DOT), input_precision=PRECISION)
             b_o = plus(b_o, tl.dot(b_A, b_value.to(DOT), input_precision=PRECISION))
             p_o = o + (o_row[:, None] * V + o_v[None, :])
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
-        b_ek = tl.exp(sum_rows(b_ld, m_after, PARTS, DOT, SUM_PRECISION))
-        b_kd = b_key * b_ek
-        b_h = tl.dot(b_kd.to(DOT), b_value.to(DOT), b_h * b_en[:, None], input_precision=PRECISION)
-        b_gt += tl.sum(b_ld, 1)
+        b_h = b_h * b_en[:, None]
+        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
+        b_gt += b_gn
 
     if ht is not None:
         if PIECES and o is None:
@@ -623,23 +711,23 @@ def gla_scan_kernel(
         b_h = b_h * b_en + b_own
 
 
-# The adjoint of the state at the start of a piece, from zero at its end: the first of two passes over a sequence whose backward
-# is cut into pieces. A program owns a piece, a head and a block of V and goes backward in time.
-@triton.jit(do_not_specialize=["T", "N", "L", "NP"])
-def gla_bwd_state_kernel(
-    q,
-    g,
+# The three sweeps of a backward with a decay per key channel, each with half a state. What needs no state is prepared before (qd, kd, gn, A),
+# and added afterwards.
+#
+# The gradient dqd of qd, forward in time: a program owns a piece, a head and a block of K, and carries those rows of the state from the
+# checkpoint hc at its start.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def gla_dq_kernel(
+    v,
     do,
-    dh,
-    gt,
+    hc,
+    kd,
+    gn,
+    dqd,
     cu_seqlens,
-    scale,
-    q_sb,
-    q_st,
-    q_sh,
-    g_sb,
-    g_st,
-    g_sh,
+    v_sb,
+    v_st,
+    v_sh,
     do_sb,
     do_st,
     do_sh,
@@ -648,45 +736,147 @@ def gla_bwd_state_kernel(
     H,
     L,
     NP,
-    G_q: tl.constexpr,
-    G_g: tl.constexpr,
+    NC,
+    G_v: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
+    LC: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BF: tl.constexpr,
-    PARTS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
 ):
-    NV: tl.constexpr = (V + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
-    i_p = tl.program_id(0) // NV // H
+    NK: tl.constexpr = (K + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    i_h = (tl.program_id(0) // NK % H).to(tl.int64)
+    i_p = tl.program_id(0) // NK // H
     i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
     i_n = i_n.to(tl.int64)
     i_b = i_n if cu_seqlens is None else i_n * 0
     # row of the piece, and of the sequence, in tensors with a head axis
-    i_ph = i_p.to(tl.int64) * H + i_h
-    q += i_b * q_sb
-    q += (i_h // G_q) * q_sh
-    g += i_b * g_sb
-    g += (i_h // G_g) * g_sh
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
 
     o_i = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
-    o_v = i_v * BV + tl.arange(0, BV)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
     o_f = o_k
     m_f = m_k
     m_fv = m_f[:, None] & m_v[None, :]
-    m_read = o_i[None, :] <= o_i[:, None]
-    # [BF, BV]
+    i_t = i_start.to(tl.int64)
+    i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+    # [BK, BV]
+    p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+    b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
+
+
+    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BV]
+        p_x = v + o_t[:, None] * v_st + o_v[None, :]
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
+        b_value = b_v
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        # [BT, BK]
+        b_kd = tl.load(kd + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        # [BK]
+        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        b_gn = tl.load(gn + i_g * K + o_k, mask=m_k, other=0.0)
+        b_en = tl.exp(b_gn)
+        # [BT, BK]
+        b_dqd = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
+        tl.store(dqd + (o_row[:, None] * K + o_k[None, :]), b_dqd.to(dqd.dtype.element_ty), mask=m_tk)
+        b_h = b_h * b_en[:, None]
+        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
+
+
+# The gradient dkd of kd, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
+# dhp: adjoints at the ends of the pieces; hdh: the product of state and adjoint at each checkpoint. With dkd=None it only carries the adjoint: the
+# first of two passes over a sequence that is cut into pieces.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def gla_dk_kernel(
+    v,
+    do,
+    hc,
+    dht,
+    dhp,
+    dh0,
+    gt,
+    qd,
+    gn,
+    dkd,
+    hdh,
+    cu_seqlens,
+    v_sb,
+    v_st,
+    v_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_v: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NK: tl.constexpr = (K + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    i_h = (tl.program_id(0) // NK % H).to(tl.int64)
+    i_p = tl.program_id(0) // NK // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    i_ph = i_p.to(tl.int64) * H + i_h
+    i_nh = i_n * H + i_h
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
+
+    o_i = tl.arange(0, BT)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    o_f = o_k
+    m_f = m_k
+    m_fv = m_f[:, None] & m_v[None, :]
+    # [BK, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
+    if dhp is not None:
+        p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+        b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
+    else:
+        if dht is not None:
+            p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
 
     b_gt = tl.zeros([BK], dtype=tl.float32)
 
@@ -700,86 +890,77 @@ def gla_bwd_state_kernel(
         i_t = i_t.to(tl.int64)
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = g + o_t[:, None] * g_st + o_k[None, :]
-        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        b_query = b_q
-        # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_eq = tl.exp(sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION))
-        b_en = tl.exp(tl.sum(b_ld, 0))
-        b_fq = b_query
-        b_qd = b_fq * (b_eq * scale)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
-
-        b_dod = b_do
+        # [BT, BK]
+        b_qd = tl.load(qd + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        # [BK]
+        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        b_gn = tl.load(gn + i_g * K + o_k, mask=m_k, other=0.0)
+        b_en = tl.exp(b_gn)
+        if dkd is not None:
+            # [BT, BV]
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0)
+            b_value = b_v
+            # [BT, BK]
+            b_dkd = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
+            tl.store(dkd + (o_row[:, None] * K + o_k[None, :]), b_dkd.to(dkd.dtype.element_ty), mask=m_tk)
         b_dh = b_dh * b_en[:, None]
-        b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
-        b_gt += tl.sum(b_ld, 0)
+        b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_do.to(DOT), b_dh, input_precision=PRECISION)
+        b_gt += b_gn
+        if hdh is not None:
+            if (i_t % LC == 0) | (i_t <= i_start):
+                i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
+                b_ch = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
+                # [BK]
+                b_all = tl.sum(b_ch * b_dh, 1)
+                tl.store(hdh + i_s * K + o_k, b_all, mask=m_k)
 
-    p_dh = dh + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
-    tl.store(p_dh, b_dh.to(dh.dtype.element_ty), mask=m_fv)
-    tl.store(gt + i_ph * K + o_k, b_gt, mask=m_k)
+    if dh0 is not None:
+        if dkd is None:
+            p_dh0 = dh0 + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
+            tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
+            tl.store(gt + i_ph * K + o_k, b_gt, mask=m_k)
+        else:
+            if is_first:
+                p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
+                tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
 
 
-# What passes through the states, added to the gradients by pairs inside the chunks, in one sweep backward in time. A program owns a piece, a head and a block of V; it carries the adjoint of the
-# state in registers. At each checkpoint, every LC tokens, it first runs the state forward through the chunks up to the next
-# one and keeps their first states in hs, then takes the chunks in reverse. dhp: adjoints at the ends of the pieces.
-# Gradients are contiguous and fp32 where blocks of V or programs hold parts of them; <x>_sp is the stride between those parts.
+# The gradients of what values use, backward in time: a program owns a piece, a head and a block of V, and carries those columns of the adjoint.
+# Gradients are contiguous, and fp32 where programs hold parts of them; <x>_sp is the stride between those parts.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
-def gla_bwd_kernel(
-    q,
-    k,
+def gla_dv_kernel(
     v,
-    g,
     do,
-    hc,
-    hs,
     dht,
-    dh0,
     dhp,
-    dq,
-    dk,
+    qd,
+    kd,
+    gn,
+    A,
     dv,
-    dg,
+    dv_sp,
     cu_seqlens,
-    scale,
-    q_sb,
-    q_st,
-    q_sh,
-    k_sb,
-    k_st,
-    k_sh,
     v_sb,
     v_st,
     v_sh,
-    g_sb,
-    g_st,
-    g_sh,
     do_sb,
     do_st,
     do_sh,
-    dq_sp,
-    dk_sp,
-    dv_sp,
-    dg_sp,
     N,
     T,
     H,
     L,
     NP,
     NC,
-    G_q: tl.constexpr,
-    G_k: tl.constexpr,
     G_v: tl.constexpr,
-    G_g: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
@@ -788,17 +969,8 @@ def gla_bwd_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BF: tl.constexpr,
-    LEVELS: tl.constexpr,
-    PARTS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
-    NEED_QUERY: tl.constexpr,
-    NEED_KEY: tl.constexpr,
-    NEED_VALUE: tl.constexpr,
-    NEED_DECAY: tl.constexpr,
-    NEED_PHASE: tl.constexpr,
-    NEED_BONUS: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -810,28 +982,18 @@ def gla_bwd_kernel(
     # row of the piece, and of the sequence, in tensors with a head axis
     i_ph = i_p.to(tl.int64) * H + i_h
     i_nh = i_n * H + i_h
-    q += i_b * q_sb
-    q += (i_h // G_q) * q_sh
-    k += i_b * k_sb
-    k += (i_h // G_k) * k_sh
     v += i_b * v_sb
     v += (i_h // G_v) * v_sh
-    g += i_b * g_sb
-    g += (i_h // G_g) * g_sh
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
-    o_f = o_k
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
-    m_f = m_k
     m_v = o_v < V
+    o_f = o_k
+    m_f = m_k
     m_fv = m_f[:, None] & m_v[None, :]
-    # which steps r (rows) lie between the chunk's start and a row's read of the state, and after a row
-    m_read = o_i[:, None] <= o_i[None, :]
-    m_after = o_i[:, None] > o_i[None, :]
-
-    # [BF, BV]
+    # [BK, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     if dhp is not None:
         p_dhp = dhp + i_ph * (F * V) + (o_f[:, None] * V + o_v[None, :])
@@ -842,144 +1004,42 @@ def gla_bwd_kernel(
             b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
 
 
-    NS: tl.constexpr = LC // BT
-    n_s = tl.where(i_end > i_start, (i_end - 1) // LC - i_start // LC + 1, 0)
-    for i_j in range(n_s):
-        i_s = (i_end - 1) // LC - i_j
-        # the chunks [i_c0, i_c1) of this checkpoint
-        i_c0 = tl.maximum(i_start, i_s * LC) // BT
-        i_c1 = tl.cdiv(tl.minimum(i_end, i_s * LC + LC), BT)
-        i_hc = (i_s + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-        i_hs = i_ph * NS - i_s * NS
-        if NS > 1:
-            p_hc = hc + i_hc * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
-            for i_c in range(i_c0, i_c1 - 1):
-                p_hs = hs + (i_hs + i_c) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_hs, b_h.to(hs.dtype.element_ty), mask=m_fv)
-                i_t = i_c * BT
-                i_lo = tl.maximum(i_start - i_t, 0)
-                n_t = tl.minimum(i_end - i_t, BT) - i_lo
-                m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-                i_t = i_t.to(tl.int64)
-                # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-                o_t = i_t + o_i
-                o_row = (i_b * T + o_t) * H + i_h
-                m_kt = m_k[:, None] & m_t[None, :]
-                m_tv = m_t[:, None] & m_v[None, :]
-                # [BK, BT]
-                p_x = k + o_t[None, :] * k_st + o_k[:, None]
-                b_k = tl.load(p_x, mask=m_kt, other=0.0)
-                # [BT, BV]
-                p_x = v + o_t[:, None] * v_st + o_v[None, :]
-                b_v = tl.load(p_x, mask=m_tv, other=0.0)
-                # [BK, BT]
-                p_x = g + o_t[None, :] * g_st + o_k[:, None]
-                b_g = tl.load(p_x, mask=m_kt, other=0.0).to(tl.float32)
-                b_key = b_k
-                b_value = b_v
-                # [BK, BT]
-                b_ld = tl.where(m_kt, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-                b_en = tl.exp(tl.sum(b_ld, 1))
-                b_ek = tl.exp(sum_rows(b_ld, m_after, PARTS, DOT, SUM_PRECISION))
-                b_kd = b_key * b_ek
-                b_h = tl.dot(b_kd.to(DOT), b_value.to(DOT), b_h * b_en[:, None], input_precision=PRECISION)
-            p_hs = hs + (i_hs + i_c1 - 1) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            tl.store(p_hs, b_h.to(hs.dtype.element_ty), mask=m_fv)
-            # other threads of this program read what these wrote
-            tl.debug_barrier()
-
-        for i in range(i_c1 - i_c0):
-            i_c = i_c1 - 1 - i
-            i_t = i_c * BT
-            i_lo = tl.maximum(i_start - i_t, 0)
-            n_t = tl.minimum(i_end - i_t, BT) - i_lo
-            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-            i_t = i_t.to(tl.int64)
-            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-            o_t = i_t + o_i
-            o_row = (i_b * T + o_t) * H + i_h
-            m_kt = m_k[:, None] & m_t[None, :]
-            m_tv = m_t[:, None] & m_v[None, :]
-            if NS > 1:
-                p_hs = hs + (i_hs + i_c) * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_ch = tl.load(p_hs, mask=m_fv, other=0.0)
-            else:
-                p_hc = hc + i_hc * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                b_ch = tl.load(p_hc, mask=m_fv, other=0.0)
-            # [BK, BT]
-            p_x = q + o_t[None, :] * q_st + o_k[:, None]
-            b_q = tl.load(p_x, mask=m_kt, other=0.0)
-            # [BK, BT]
-            p_x = k + o_t[None, :] * k_st + o_k[:, None]
-            b_k = tl.load(p_x, mask=m_kt, other=0.0)
-            # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0)
-            # [BK, BT]
-            p_x = g + o_t[None, :] * g_st + o_k[:, None]
-            b_g = tl.load(p_x, mask=m_kt, other=0.0).to(tl.float32)
-            b_value = b_v
-            # [BT, BV]
-            p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-            b_do = tl.load(p_do, mask=m_tv, other=0.0)
-            # [BK, BT]
-            b_ld = tl.where(m_kt, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-            b_en = tl.exp(tl.sum(b_ld, 1))
-
-            b_query = b_q
-            b_eq = tl.exp(sum_rows(b_ld, m_read, PARTS, DOT, SUM_PRECISION)) * scale
-            b_qd = b_query * b_eq
-            if NEED_QUERY or NEED_DECAY:
-                # [BK, BT]
-                b_dquery = tl.dot(b_ch.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
-                if NEED_DECAY:
-                    # the decay's gradient at a step: reads of the first state after it, writes to the last one before it, and what passes
-                    b_all = tl.sum(b_ch * b_dh, 1)
-                    b_dlog_decay = sum_rows(b_qd * b_dquery, o_i[:, None] >= o_i[None, :], 2, DOT, SUM_PRECISION)
-                    b_dlog_decay += (b_all * b_en)[:, None]
-                b_dquery *= b_eq
-            if dq is not None:
-                b_dq_ = b_dquery
-                p_d = dq + i_v.to(tl.int64) * dq_sp + (o_row[None, :] * K + o_k[:, None])
-                b_dq_ += tl.load(p_d, mask=m_kt & (i_v == 0), other=0.0).to(tl.float32)
-                tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_kt)
-
-            b_key = b_k
-            b_ek = tl.exp(sum_rows(b_ld, m_after, PARTS, DOT, SUM_PRECISION))
-            b_kd = b_key * b_ek
-            if NEED_KEY or NEED_DECAY:
-                # [BK, BT]
-                b_dkey = tl.dot(b_dh.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-                if NEED_DECAY:
-                    b_dlog_decay += sum_rows(b_kd * b_dkey, o_i[:, None] < o_i[None, :], 2, DOT, SUM_PRECISION)
-                b_dkey *= b_ek
-            if dk is not None:
-                b_dk_ = b_dkey
-                p_d = dk + i_v.to(tl.int64) * dk_sp + (o_row[None, :] * K + o_k[:, None])
-                b_dk_ += tl.load(p_d, mask=m_kt & (i_v == 0), other=0.0).to(tl.float32)
-                tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_kt)
-
-            if NEED_VALUE:
-                # [BT, BV]
-                b_dvalue = tl.dot(tl.trans(b_kd.to(DOT)), b_dh.to(DOT), input_precision=PRECISION)
-            if dv is not None:
-                b_dv_ = b_dvalue
-                p_d = dv + (o_row[:, None] * V + o_v[None, :])
-                b_dv_ += tl.load(p_d, mask=m_tv, other=0.0).to(tl.float32)
-                tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
-            if dg is not None:
-                b_dg_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
-                p_d = dg + i_v.to(tl.int64) * dg_sp + (o_row[None, :] * K + o_k[:, None])
-                b_dg_ += tl.load(p_d, mask=m_kt & (i_v == 0), other=0.0).to(tl.float32)
-                tl.store(p_d, b_dg_.to(dg.dtype.element_ty), mask=m_kt)
-            b_dh = tl.dot(b_qd.to(DOT), b_do.to(DOT), b_dh * b_en[:, None], input_precision=PRECISION)
-
-
-    if dh0 is not None:
-        if is_first:
-            p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
+    n_c = tl.cdiv(i_end, BT) - i_start // BT
+    for i in range(n_c):
+        i_c = tl.cdiv(i_end, BT) - 1 - i
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BV]
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        # [BT, BK]
+        b_qd = tl.load(qd + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        # [BT, BK]
+        b_kd = tl.load(kd + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        # [BT, BT]
+        b_A = tl.load(A + (o_row[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0.0)
+        # [BK]
+        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        b_gn = tl.load(gn + i_g * K + o_k, mask=m_k, other=0.0)
+        b_en = tl.exp(b_gn)
+        # [BT, BV]
+        b_dvalue = tl.dot(b_kd, b_dh.to(DOT), input_precision=PRECISION)
+        b_dvalue = plus(b_dvalue, tl.dot(tl.trans(b_A), b_do.to(DOT), input_precision=PRECISION))
+        if dv is not None:
+            b_dv_ = b_dvalue
+            p_d = dv + (o_row[:, None] * V + o_v[None, :])
+            tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
+        b_dh *= b_en[:, None]
+        b_dh = tl.dot(tl.trans(b_qd), b_do.to(DOT), b_dh, input_precision=PRECISION)
 
 
 # One token: reads the state, writes it back in place. A program owns a sequence, a head and NB blocks of V.
@@ -1113,130 +1173,6 @@ def state(rows, H, F, V, like, dtype=torch.float32, make=torch.empty):
     return make(rows, H, F, V, dtype=dtype, device=like.device)
 
 
-def fwd(q, k, v, g, h0, cu_seqlens, scale, s, final=False, save=False):
-    """The output [B, T, H, V], the final state and what the backward wants; None for what is not asked for.
-
-    s: the schedule, a record of launch-time constants. h0: [N, H, F, V] fp32, or None.
-    """
-    B, T, H, K, V, F, N = sizes(q, k, v, g, cu_seqlens)
-    like = v
-    NC = -(-T // s.LC)
-    # rows past the last sequence stay zero
-    o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
-    ht = state(N, H, F, V, like) if final else None
-    hc = state(N * NC if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
-    t = s.intra
-    NP, rows = pieces(cu_seqlens, N, T, t.BT)
-    A = torch.empty(B, T, H, t.BT, dtype=s.checkpoint, device=like.device)
-    gla_intra_kernel[(rows * H,)](
-        q, k, g,
-        A=A,
-        cu_seqlens=cu_seqlens,
-        scale=scale,
-        q_sb=q.stride(0),
-        q_st=q.stride(1),
-        q_sh=q.stride(2),
-        k_sb=k.stride(0),
-        k_st=k.stride(1),
-        k_sh=k.stride(2),
-        g_sb=g.stride(0),
-        g_st=g.stride(1),
-        g_sh=g.stride(2),
-        N=N,
-        T=T,
-        H=H,
-        NP=NP,
-        G_q=H // q.shape[2],
-        G_k=H // k.shape[2],
-        G_g=H // g.shape[2],
-        K=K,
-        BT=t.BT,
-        BK=min(s.BK, t.BV),
-        LEVELS=t.BT.bit_length() - 1,
-        PARTS=s.PARTS,
-        DOT=s.DOT,
-        PRECISION=s.PRECISION,
-        SUM_PRECISION=s.SUM_PRECISION,
-        num_warps=t.num_warps,
-        num_stages=t.num_stages,
-    )
-    t = s.fwd
-    common = dict(
-        cu_seqlens=cu_seqlens,
-        scale=scale,
-        q_sb=q.stride(0),
-        q_st=q.stride(1),
-        q_sh=q.stride(2),
-        k_sb=k.stride(0),
-        k_st=k.stride(1),
-        k_sh=k.stride(2),
-        v_sb=v.stride(0),
-        v_st=v.stride(1),
-        v_sh=v.stride(2),
-        g_sb=g.stride(0),
-        g_st=g.stride(1),
-        g_sh=g.stride(2),
-        N=N,
-        T=T,
-        H=H,
-        L=s.fwd_L or T + 1,
-        NP=1,
-        NC=NC,
-        G_q=H // q.shape[2],
-        G_k=H // k.shape[2],
-        G_v=H // v.shape[2],
-        G_g=H // g.shape[2],
-        K=K,
-        V=V,
-        F=F,
-        LC=s.LC,
-        BT=t.BT,
-        BK=s.BK,
-        BV=t.BV,
-        BF=s.BF,
-        LEVELS=t.BT.bit_length() - 1,
-        PARTS=s.PARTS,
-        DOT=s.DOT,
-        PRECISION=s.PRECISION,
-        SUM_PRECISION=s.SUM_PRECISION,
-        num_warps=t.num_warps,
-        num_stages=t.num_stages,
-    )
-    NV = triton.cdiv(V, t.BV)
-    if s.fwd_L:
-        NP, rows = pieces(cu_seqlens, N, T, s.fwd_L)
-        common["NP"] = NP
-        hp = state(rows, H, F, V, like)
-        gt = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
-        gla_fwd_kernel[(rows * H * NV,)](
-            q, k, v, g,
-            A=None,
-            o=None,
-            h0=None,
-            ht=hp,
-            hc=None,
-            gt=gt,
-            PIECES=True,
-            **common,
-        )
-        scan(hp, h0, gt, cu_seqlens, N, T, s.fwd_L, NP, K, V, F, False)
-        h0 = hp
-    else:
-        rows = N
-    gla_fwd_kernel[(rows * H * NV,)](
-        q, k, v, g,
-        A=A,
-        o=o,
-        h0=h0,
-        ht=ht,
-        hc=hc,
-        gt=None,
-        PIECES=bool(s.fwd_L),
-        **common,
-    )
-    return o, ht, hc
-
-
 def scan(h, h0, gt, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     """In place: end states of pieces that began from zero -> states that the pieces begin with (reverse: adjoints)."""
     H = h.shape[1]
@@ -1262,53 +1198,134 @@ def scan(h, h0, gt, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def adjoints(q, g, do, dht, cu_seqlens, scale, s, shape):
-    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens."""
-    N, T, H, K, V, F = shape
-    t = s.bwd
-    NP, rows = pieces(cu_seqlens, N, T, s.bwd_L)
-    NV = triton.cdiv(V, t.BV)
-    dhp = state(rows, H, F, V, do)
-    gt = torch.empty(rows, H, K, dtype=torch.float32, device=do.device)
-    gla_bwd_state_kernel[(rows * H * NV,)](
-        q, g,
-        do=do,
-        dh=dhp,
-        gt=gt,
+def prepare(q, k, g, shape, like, cu_seqlens, scale, s):
+    """What the serial kernels read: qd, kd [B, T, H, K], gn [chunks, H, K], A [B, T, H, BT]; and far [B, T, H]."""
+    B, T, H, K, V, F, N = shape
+    t = s.intra
+    NP, rows = pieces(cu_seqlens, N, T, t.BT)
+    qd = torch.empty(B, T, H, K, dtype=s.checkpoint, device=like.device)
+    kd = torch.empty_like(qd)
+    A = torch.empty(B, T, H, t.BT, dtype=s.checkpoint, device=like.device)
+    gn = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
+    far = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
+    common = dict(
+        A=A,
+        far=far,
         cu_seqlens=cu_seqlens,
         scale=scale,
         q_sb=q.stride(0),
         q_st=q.stride(1),
         q_sh=q.stride(2),
+        k_sb=k.stride(0),
+        k_st=k.stride(1),
+        k_sh=k.stride(2),
         g_sb=g.stride(0),
         g_st=g.stride(1),
         g_sh=g.stride(2),
-        do_sb=do.stride(0),
-        do_st=do.stride(1),
-        do_sh=do.stride(2),
         N=N,
         T=T,
         H=H,
-        L=s.bwd_L,
         NP=NP,
         G_q=H // q.shape[2],
+        G_k=H // k.shape[2],
         G_g=H // g.shape[2],
         K=K,
-        V=V,
-        F=F,
         BT=t.BT,
-        BK=s.BK,
-        BV=t.BV,
-        BF=s.BF,
+        BK=t.BV,
+        LEVELS=t.BT.bit_length() - 1,
         PARTS=s.PARTS,
         DOT=s.DOT,
         PRECISION=s.PRECISION,
         SUM_PRECISION=s.SUM_PRECISION,
+    )
+    gla_prepare_kernel[(rows * H,)](
+        q, k, g,
+        qd=qd,
+        kd=kd,
+        gn=gn,
+        num_warps=t.num_warps,
+        num_stages=t.num_stages,
+        **common,
+    )
+    gla_pairs_kernel[(rows * H,)](q, k, g, num_warps=4, num_stages=1, **common)
+    return qd, kd, gn, A, far
+
+
+def fwd(q, k, v, g, h0, cu_seqlens, scale, s, final=False, save=False):
+    """The output [B, T, H, V], the final state and what the backward wants; None for what is not asked for.
+
+    s: the schedule, a record of launch-time constants. h0: [N, H, F, V] fp32, or None.
+    """
+    B, T, H, K, V, F, N = shape = sizes(q, k, v, g, cu_seqlens)
+    like = v
+    NC = -(-T // s.LC)
+    # rows past the last sequence stay zero
+    o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
+    ht = state(N, H, F, V, like) if final else None
+    hc = state(N * NC if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
+    qd, kd, gn, A, _ = prepare(q, k, g, shape, like, cu_seqlens, scale, s)
+    t = s.fwd
+    NV = triton.cdiv(V, t.BV)
+    common = dict(
+        kd=kd,
+        gn=gn,
+        cu_seqlens=cu_seqlens,
+        v_sb=v.stride(0),
+        v_st=v.stride(1),
+        v_sh=v.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        L=s.fwd_L or T + 1,
+        NC=NC,
+        G_v=H // v.shape[2],
+        K=K,
+        V=V,
+        F=F,
+        LC=s.LC,
+        BT=t.BT,
+        BK=s.BK,
+        BV=t.BV,
+        BF=s.BF,
+        PIECES=bool(s.fwd_L),
+        DOT=s.DOT,
+        PRECISION=s.PRECISION,
         num_warps=t.num_warps,
         num_stages=t.num_stages,
     )
-    scan(dhp, dht, gt, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
-    return dhp
+    NP, rows = 1, N
+    if s.fwd_L:
+        NP, rows = pieces(cu_seqlens, N, T, s.fwd_L)
+        hp = state(rows, H, F, V, like)
+        gt = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
+        gla_fwd_kernel[(rows * H * NV,)](
+            v,
+            qd=None,
+            A=None,
+            o=None,
+            h0=None,
+            ht=hp,
+            hc=None,
+            gt=gt,
+            NP=NP,
+            **common,
+        )
+        scan(hp, h0, gt, cu_seqlens, N, T, s.fwd_L, NP, K, V, F, False)
+        h0 = hp
+    gla_fwd_kernel[(rows * H * NV,)](
+        v,
+        qd=qd,
+        A=A,
+        o=o,
+        h0=h0,
+        ht=ht,
+        hc=hc,
+        gt=None,
+        NP=NP,
+        **common,
+    )
+    return o, ht, hc
+
 
 def bwd(q, k, v, g, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
@@ -1317,161 +1334,195 @@ def bwd(q, k, v, g, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     [B, T, H, C] for inputs with a time axis, [rows, H, C] without one, in fp32 and with a first axis of parts to add where programs with
     a block of the channels each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
     """
-    B, T, H, K, V, F, N = sizes(q, k, v, g, cu_seqlens)
+    B, T, H, K, V, F, N = shape = sizes(q, k, v, g, cu_seqlens)
     like = v
-    NC = -(-T // s.LC)
-    t = s.bwd
-    L = s.bwd_L or T + 1
-    NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
-    NV = triton.cdiv(V, t.BV)
+    t = s.rows
+    NK, NV = triton.cdiv(K, t.BV), triton.cdiv(V, s.bwd.BV)
+    need_decay, need_value = any((needs[3],)), any((needs[2],))
+    need_query, need_key = any((needs[0],)) or need_decay, any((needs[1],)) or need_decay
+
     make = torch.empty if cu_seqlens is None else torch.zeros
 
-    def gradient(x, axes, need):
+    def gradient(x, axes, need, count, rows, alone):
+        """One kernel's gradient of x, in `count` parts, and the stride between them."""
         if not need:
             return None, 0
         channels = (K,) if "k" in axes else (V,) if "v" in axes else ()
         shape = (B, T, H, *channels) if "t" in axes else (rows, H, *channels)
-        parts = NV if "v" not in axes else 1
-        if parts == 1 and "t" in axes:
-            whole = x.shape == torch.Size(shape[:4])
+        if count == 1 and "t" in axes:
+            whole = alone and x.shape == torch.Size(shape[:4])
             return make(shape, dtype=x.dtype if whole else torch.float32, device=x.device), 0
-        out = make(parts, *shape, dtype=torch.float32, device=x.device)
+        out = make(count, *shape, dtype=torch.float32, device=x.device)
         return out, out[0].numel()
 
-    dq, dq_sp = gradient(q, "bthk", needs[0])
-    dk, dk_sp = gradient(k, "bthk", needs[1])
-    dv, dv_sp = gradient(v, "bthv", needs[2])
-    dg, dg_sp = gradient(g, "bthk", needs[3])
-    dh0 = state(N, H, F, V, like) if initial else None
-    hs = state(rows * (s.LC // t.BT), H, F, V, like, s.checkpoint) if s.LC > t.BT else None
-    dhp = None
-    common = dict(
+    qd, kd, gn, A, far = prepare(q, k, g, shape, like, cu_seqlens, scale, s)
+    values = dict(
+        do=do,
+        gn=gn,
         cu_seqlens=cu_seqlens,
-        scale=scale,
+        v_sb=v.stride(0),
+        v_st=v.stride(1),
+        v_sh=v.stride(2),
         do_sb=do.stride(0),
         do_st=do.stride(1),
         do_sh=do.stride(2),
         N=N,
         T=T,
         H=H,
-        L=L,
-        NP=NP,
+        NC=-(-T // s.LC),
+        G_v=H // v.shape[2],
         K=K,
         V=V,
         F=F,
-        BT=t.BT,
-        BK=s.BK,
-        BV=t.BV,
-        BF=s.BF,
-        PARTS=s.PARTS,
-        DOT=s.DOT,
-        PRECISION=s.PRECISION,
-        SUM_PRECISION=s.SUM_PRECISION,
-        num_warps=t.num_warps,
-        num_stages=t.num_stages,
-    )
-    if s.bwd_L:
-        dhp = adjoints(q, g, do, dht, cu_seqlens, scale, s, (N, T, H, K, V, F))
-    t = s.bwd_intra
-    NI, chunks = pieces(cu_seqlens, N, T, t.BT)
-    gla_bwd_intra_kernel[(chunks * H,)](
-        q, k, v, g,
-        do=do,
-        dq=dq,
-        dk=dk,
-        dv=dv,
-        dg=dg,
-        cu_seqlens=cu_seqlens,
-        scale=scale,
-        q_sb=q.stride(0),
-        q_st=q.stride(1),
-        q_sh=q.stride(2),
-        k_sb=k.stride(0),
-        k_st=k.stride(1),
-        k_sh=k.stride(2),
-        v_sb=v.stride(0),
-        v_st=v.stride(1),
-        v_sh=v.stride(2),
-        g_sb=g.stride(0),
-        g_st=g.stride(1),
-        g_sh=g.stride(2),
-        do_sb=do.stride(0),
-        do_st=do.stride(1),
-        do_sh=do.stride(2),
-        N=N,
-        T=T,
-        H=H,
-        NP=NI,
-        G_q=H // q.shape[2],
-        G_k=H // k.shape[2],
-        G_v=H // v.shape[2],
-        G_g=H // g.shape[2],
-        K=K,
-        V=V,
-        BT=t.BT,
-        BK=min(s.BK, t.BV),
-        BV=min(64, triton.next_power_of_2(max(V, 16))),
-        LEVELS=t.BT.bit_length() - 1,
-        PARTS=s.PARTS,
-        DOT=s.DOT,
-        PRECISION=s.PRECISION,
-        SUM_PRECISION=s.SUM_PRECISION,
-        NEED_VALUE=any((needs[2],)),
-        NEED_BONUS=False,
-        num_warps=t.num_warps,
-        num_stages=t.num_stages,
-    )
-    t = s.bwd
-    gla_bwd_kernel[(rows * H * NV,)](
-        q, k, v, g,
-        do=do,
-        hc=hc,
-        hs=hs,
-        dht=dht,
-        dh0=dh0,
-        dhp=dhp,
-        dq=dq,
-        dq_sp=dq_sp,
-        dk=dk,
-        dk_sp=dk_sp,
-        dv=dv,
-        dv_sp=dv_sp,
-        dg=dg,
-        dg_sp=dg_sp,
-        NC=NC,
         LC=s.LC,
-        LEVELS=t.BT.bit_length() - 1,
-        NEED_QUERY=any((needs[0],)),
-        NEED_KEY=any((needs[1],)),
-        NEED_VALUE=any((needs[2],)),
-        NEED_DECAY=any((needs[3],)),
-        NEED_PHASE=False,
-        NEED_BONUS=False,
-        q_sb=q.stride(0),
-        q_st=q.stride(1),
-        q_sh=q.stride(2),
-        k_sb=k.stride(0),
-        k_st=k.stride(1),
-        k_sh=k.stride(2),
-        v_sb=v.stride(0),
-        v_st=v.stride(1),
-        v_sh=v.stride(2),
-        g_sb=g.stride(0),
-        g_st=g.stride(1),
-        g_sh=g.stride(2),
-        G_q=H // q.shape[2],
-        G_k=H // k.shape[2],
-        G_v=H // v.shape[2],
-        G_g=H // g.shape[2],
-        **common,
+        BT=t.BT,
+        DOT=s.DOT,
+        PRECISION=s.PRECISION,
     )
-    gradients = (
-        ((dq, s.bwd_L),),
-        ((dk, s.bwd_L),),
-        ((dv, s.bwd_L),),
-        ((dg, s.bwd_L),),
+    by_key = dict(
+        hc=hc,
+        BK=t.BV,
+        BV=s.BV,
+        BF=t.BV,
+        num_warps=t.num_warps,
+        num_stages=t.num_stages,
+        **values,
     )
-    return gradients, dh0
+    parts = [[] for _ in needs]
+    NS, segments = pieces(cu_seqlens, N, T, s.LC)
+    dq, dq_sp = gradient(q, "bthk", needs[0], 1, segments, True)
+    parts[0].append((dq, s.LC))
+    dk, dk_sp = gradient(k, "bthk", needs[1], 1, segments, True)
+    parts[1].append((dk, s.LC))
+    dg, dg_sp = gradient(g, "bthk", needs[3], 1, segments, True)
+    parts[3].append((dg, s.LC))
+
+    def decayed(need, x, like):
+        """Where the gradient of qd or kd goes: where that of the query or key is to be, if it may."""
+        if not need:
+            return None
+        return x if x is not None and x.dtype == s.checkpoint else torch.empty_like(like)
+
+    dqd = decayed(need_query, dq, qd)
+    dkd = decayed(need_key, dk, kd)
+    hdh = torch.empty(hc.shape[0], H, K, dtype=torch.float32, device=like.device) if need_decay else None
+    if need_query:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        gla_dq_kernel[(rows * H * NK,)](v, kd=kd, dqd=dqd, L=L, NP=NP, **by_key)
+    L = s.bwd_L or T + 1
+    NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
+    by_key |= dict(qd=qd, L=L, NP=NP)
+    dhp = dh0 = None
+    if s.bwd_L:
+        # the adjoints at the ends of the pieces
+        dhp = state(rows, H, F, V, like)
+        gt = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
+        gla_dk_kernel[(rows * H * NK,)](
+            v,
+            dht=None,
+            dhp=None,
+            dh0=dhp,
+            gt=gt,
+            dkd=None,
+            hdh=None,
+            **by_key,
+        )
+        scan(dhp, dht, gt, cu_seqlens, N, T, L, NP, K, V, F, True)
+    if need_key or initial:
+        dh0 = state(N, H, F, V, like) if initial else None
+        gla_dk_kernel[(rows * H * NK,)](
+            v,
+            dht=dht,
+            dhp=dhp,
+            dh0=dh0,
+            gt=None,
+            dkd=torch.empty_like(qd) if dkd is None else dkd,
+            hdh=hdh,
+            **by_key,
+        )
+    if need_value:
+        t = s.bwd
+        dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
+        parts[2].append((dv, s.bwd_L))
+        gla_dv_kernel[(rows * H * NV,)](
+            v,
+            dht=dht,
+            dhp=dhp,
+            qd=qd,
+            kd=kd,
+            A=A,
+            dv=dv,
+            dv_sp=dv_sp,
+            L=L,
+            NP=NP,
+            BK=s.BK,
+            BV=t.BV,
+            BF=s.BF,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **values,
+        )
+    del qd, kd, gn, A
+    if need_query or need_key or False:
+        t = s.bwd_intra
+        common = dict(
+            do=do,
+            dqd=dqd,
+            dkd=dkd,
+            hdh=hdh,
+            far=far,
+            dq=dq,
+            dq_sp=dq_sp,
+            dk=dk,
+            dk_sp=dk_sp,
+            dg=dg,
+            dg_sp=dg_sp,
+            cu_seqlens=cu_seqlens,
+            scale=scale,
+            q_sb=q.stride(0),
+            q_st=q.stride(1),
+            q_sh=q.stride(2),
+            k_sb=k.stride(0),
+            k_st=k.stride(1),
+            k_sh=k.stride(2),
+            v_sb=v.stride(0),
+            v_st=v.stride(1),
+            v_sh=v.stride(2),
+            g_sb=g.stride(0),
+            g_st=g.stride(1),
+            g_sh=g.stride(2),
+            do_sb=do.stride(0),
+            do_st=do.stride(1),
+            do_sh=do.stride(2),
+            N=N,
+            T=T,
+            H=H,
+            NP=NS,
+            NC=values["NC"],
+            G_q=H // q.shape[2],
+            G_k=H // k.shape[2],
+            G_v=H // v.shape[2],
+            G_g=H // g.shape[2],
+            K=K,
+            V=V,
+            LC=s.LC,
+            BT=t.BT,
+            BK=t.BV,
+            BV=min(64, s.BV),
+            LEVELS=t.BT.bit_length() - 1,
+            PARTS=s.PARTS,
+            DOT=s.DOT,
+            PRECISION=s.PRECISION,
+            SUM_PRECISION=s.SUM_PRECISION,
+            NEED_BONUS=False,
+        )
+        grid = (segments * H * triton.cdiv(K, t.BV),)
+        if s.DOT == tl.bfloat16:
+            gla_bwd_intra_kernel[grid](q, k, v, g, TREE=False, num_warps=t.num_warps, num_stages=t.num_stages, **common)
+        gla_bwd_intra_kernel[grid](q, k, v, g, TREE=True, num_warps=4, num_stages=1, **common)
+    return parts, dh0
+
 
 def step(q, k, v, g, h, scale, s):
     """One token: the output [B, 1, H, V]; the state is updated in place. Inputs have T = 1."""

@@ -1894,8 +1894,9 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
     B, T, H, K, V, F, N = sizes(q, k, v, ig, fg, cu_seqlens)
     like = v
     NK, NV = triton.cdiv(K, s.rows.BV), triton.cdiv(V, s.bwd.BV)
-    make = torch.empty if cu_seqlens is None else torch.zeros
     need_decay = any((needs[3], needs[4],))
+
+    make = torch.empty if cu_seqlens is None else torch.zeros
 
     def gradient(x, axes, need, count, rows, alone):
         """One kernel's gradient of x, in `count` parts, and the stride between them."""

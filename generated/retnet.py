@@ -1071,8 +1071,9 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     B, T, H, K, V, F, N = sizes(q, k, v, c0, cu_seqlens)
     like = v
     NK, NV = triton.cdiv(K, s.rows.BV), triton.cdiv(V, s.bwd.BV)
-    make = torch.empty if cu_seqlens is None else torch.zeros
     need_decay = False
+
+    make = torch.empty if cu_seqlens is None else torch.zeros
 
     def gradient(x, axes, need, count, rows, alone):
         """One kernel's gradient of x, in `count` parts, and the stride between them."""

@@ -64,21 +64,6 @@ def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISIO
 
 
 @triton.jit
-def sum_rows(b_x, m_steps, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
-    """sum_steps for turned blocks: sums of the columns of b_x [BC, BT] picked by m_steps [BT, BT], steps as rows."""
-    if DOT == tl.bfloat16:
-        b_m = m_steps.to(tl.float32).to(tl.bfloat16)
-        b_part = b_x.to(tl.bfloat16)
-        b_sum = tl.dot(b_part, b_m)
-        for _ in tl.static_range(PARTS - 1):
-            b_x = b_x - b_part.to(tl.float32)
-            b_part = b_x.to(tl.bfloat16)
-            b_sum = tl.dot(b_part, b_m, b_sum)
-        return b_sum
-    return tl.dot(b_x, m_steps.to(tl.float32), input_precision=SUM_PRECISION)
-
-
-@triton.jit
 def tree_level(o_i, b_r, b_l, b_g, i, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
     """Level i of the product tree: blocks of 2 ** (i + 1) rows, of which the right half meets the left.
 
@@ -150,37 +135,6 @@ def tree_apply(
         b_x += tl.where(m_right[:, None], b_w, -b_w)
         b_xl += tl.where(m_right[:, None], 0.0, b_w)
     return b_or, b_ol, b_x, b_xl
-
-
-@triton.jit
-def pair_scores(
-    b_r,
-    b_l,
-    b_g,
-    BT: tl.constexpr,
-    LEVELS: tl.constexpr,
-    PARTS: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
-):
-    """tree_scores, by one product where it can be: where no channel decays by more than exp(-SPAN) from the chunk's start to a
-    row, the decay from another row to it is the quotient of those since the start. The other rows are the tree's, which only
-    a chunk that has such rows pays for. What a row gets depends on no token after it, bit for bit.
-    """
-    o_i = tl.arange(0, BT)
-    b_cl = sum_steps(o_i[None, :] <= o_i[:, None], b_g, PARTS, DOT, SUM_PRECISION)
-    b_cr = b_cl
-    # [BT]
-    m_near = tl.min(b_cr, 1) > -SPAN
-    b_zr = (b_r * tl.exp(b_cr)).to(DOT)
-    b_zl = (b_l * tl.exp(tl.minimum(-b_cl, SPAN))).to(DOT)
-    b_A = tl.dot(b_zr, tl.trans(b_zl), input_precision=PRECISION)
-    b_A = tl.where((o_i[:, None] > o_i[None, :]) & m_near[:, None], b_A, 0.0)
-    if tl.min(m_near.to(tl.int32), 0) == 0:
-        b_far = tree_scores(b_r, b_l, b_g, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-        b_A = tl.where(m_near[:, None], b_A, b_far)
-    return b_A
 
 
 @triton.jit

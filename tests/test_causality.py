@@ -31,12 +31,12 @@ def _rounding(place, spec) -> float:
     kernels), by the sum of the phases of the chunk's tokens up to them. A gradient is made in that frame and turned
     back, and an earlier token moves the frame: the same number by way of other angles. An output and a query's gradient
     know no later token, and a later token moves no earlier frame, so that these keep every bit. With a decay per token
-    and bf16 inputs the kernels take the decay between two tokens as the difference of sums from the chunk's start,
-    which an earlier token moves likewise.
+    or key channel and bf16 inputs the kernels take the decay between two tokens as the difference of sums from the
+    chunk's start, which an earlier token moves likewise.
     """
     narrow = place.dtype == torch.bfloat16
     axes = set() if spec.log_decay is None else set(spec.log_decay.axes)
-    differences = narrow and "t" in axes and not axes & {"k", "v"}
+    differences = narrow and "t" in axes and "v" not in axes
     return (2e-2 if narrow else 2e-6) if spec.phase is not None or differences else 0.0
 
 

@@ -52,10 +52,20 @@ def test_a_constant_decay_is_one_number_a_head():
 
 
 def test_the_states_update_loads_no_query():
+    plan = plan_of(specs.get("mamba2"))
+    assert [x.name for x in plan.state_tensors] == ["k", "v", "dt", "A_log"]
+    assert [x.name for x in plan.adjoint_tensors] == ["q", "dt", "A_log"]
+    assert "k + " not in functions(render(plan))["mamba2_bwd_state_kernel"]
+
+
+def test_serial_kernels_of_a_decay_per_key_channel_load_what_is_prepared():
     plan = plan_of(specs.get("gla"))
-    assert [x.name for x in plan.state_tensors] == ["k", "v", "g"]
-    assert [x.name for x in plan.adjoint_tensors] == ["q", "g"]
-    assert "k + " not in functions(render(plan))["gla_bwd_state_kernel"]
+    assert [x.name for x in plan.value_tensors] == ["v"]
+    found = functions(render(plan))
+    for name in ("fwd", "dq", "dk", "dv"):
+        text = found[f"gla_{name}_kernel"]
+        assert not {"q", "k", "g", "scale"} & set(re.findall(r"\w+", text)), name
+    assert all(f"tl.store({name} + " in found["gla_prepare_kernel"] for name in ("qd", "kd", "gn", "A"))
 
 
 def test_gradients_are_texts_of_the_roles_gradients():
