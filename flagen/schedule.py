@@ -167,16 +167,11 @@ def schedule(
     elif not plan.serial_tree and BF <= 128:
         # half a state, and two programs at once on a multiprocessor
         half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
-<<<<<<< HEAD
-        fwd = tile(BT, half, BF * half * parts, 2 if low else 1)
-        bwd = fwd if plan.sweeps or plan.intra else bwd
-=======
         fwd = tile(BT, half, BF * half * parts, 2 if low and min(BF, block(shape.V, triton)) >= PIPELINED else 1)
-        bwd = fwd if plan.sweeps else bwd
->>>>>>> 540753596157c3c098893814160d9d7c4820a8d7
+        bwd = fwd if plan.sweeps or plan.intra else bwd
         # of a small state two halves, rather than two pieces of the sequence and the launches that these take
         if BF <= 64 and half > 32 and programs * -(-shape.V // half) < device.multiprocessors:
-            fwd = tile(BT, 32, BF * 32 * parts, 2 if low else 1)
+            fwd = tile(BT, 32, BF * 32 * parts, 1)
     # narrower blocks, also of fewer key channels, gave wrong gradients and bad addresses with Triton 3.6 on Hopper
     intra, bwd_intra = Tile(BT, 64, 4, 1), Tile(BT, 64, 4, 1)
     if plan.erase:
