@@ -1262,6 +1262,31 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         BV=s.BV,
         num_warps=4,
     )
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        linear_dq_kernel[(rows * H * NK,)](
+            q, k, v,
+            do=do,
+            rden=rden,
+            dden=dden,
+            zc=zc,
+            hc=hc,
+            dq=dq,
+            dq_sp=dq_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[0].append((dq, s.dq_L))
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
@@ -1322,31 +1347,6 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
             **common,
         )
         parts[2].append((dv, s.bwd_L))
-    if any((needs[0],)) or need_decay:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        t = s.rows
-        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
-        linear_dq_kernel[(rows * H * NK,)](
-            q, k, v,
-            do=do,
-            rden=rden,
-            dden=dden,
-            zc=zc,
-            hc=hc,
-            dq=dq,
-            dq_sp=dq_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=t.BV,
-            BV=s.BV,
-            BF=t.BV,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
-        parts[0].append((dq, s.dq_L))
     return parts, dh0, dz0
 
 

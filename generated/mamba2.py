@@ -1501,6 +1501,31 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
     hdh = torch.empty(NK, hc.shape[0], H, dtype=torch.float32, device=like.device) if need_decay else None
     qdq_sp = kdk_sp = B * T * H
     hdh_sp = hc.shape[0] * H
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        mamba2_dq_kernel[(rows * H * NK,)](
+            q, k, v, dt, A_log,
+            do=do,
+            gsum=gsum,
+            hc=hc,
+            qdq=qdq,
+            qdq_sp=qdq_sp,
+            dq=dq,
+            dq_sp=dq_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[0].append((dq, s.dq_L))
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
@@ -1561,31 +1586,6 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
         )
         parts[2].append((dv, s.bwd_L))
         parts[3].append((ddt, s.bwd_L))
-    if any((needs[0],)) or need_decay:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        t = s.rows
-        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
-        mamba2_dq_kernel[(rows * H * NK,)](
-            q, k, v, dt, A_log,
-            do=do,
-            gsum=gsum,
-            hc=hc,
-            qdq=qdq,
-            qdq_sp=qdq_sp,
-            dq=dq,
-            dq_sp=dq_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=t.BV,
-            BV=s.BV,
-            BF=t.BV,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
-        parts[0].append((dq, s.dq_L))
     if need_decay:
         NP, rows = pieces(cu_seqlens, N, T, s.LC)
         ddt, _ = gradient(dt, "bth", needs[3], 1, rows, False)

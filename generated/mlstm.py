@@ -1993,6 +1993,34 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
     hdh = torch.empty(NK, hc.shape[0], H, dtype=torch.float32, device=like.device) if need_decay else None
     qdq_sp = kdk_sp = B * T * H
     hdh_sp = hc.shape[0] * H
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        mlstm_dq_kernel[(rows * H * NK,)](
+            q, k, v, ig, fg, peak, rise,
+            do=do,
+            gsum=gsum,
+            rden=rden,
+            dden=dden,
+            zc=zc,
+            hc=hc,
+            qdq=qdq,
+            qdq_sp=qdq_sp,
+            dq=dq,
+            dq_sp=dq_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[0].append((dq, s.dq_L))
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
@@ -2059,34 +2087,6 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
             **common,
         )
         parts[2].append((dv, s.bwd_L))
-    if any((needs[0],)) or need_decay:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        t = s.rows
-        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
-        mlstm_dq_kernel[(rows * H * NK,)](
-            q, k, v, ig, fg, peak, rise,
-            do=do,
-            gsum=gsum,
-            rden=rden,
-            dden=dden,
-            zc=zc,
-            hc=hc,
-            qdq=qdq,
-            qdq_sp=qdq_sp,
-            dq=dq,
-            dq_sp=dq_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=t.BV,
-            BV=s.BV,
-            BF=t.BV,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
-        parts[0].append((dq, s.dq_L))
     if need_decay:
         NP, rows = pieces(cu_seqlens, N, T, s.LC)
         dig, _ = gradient(ig, "bth", needs[3], 1, rows, True)

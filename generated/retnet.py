@@ -1123,6 +1123,28 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         NEED_BONUS=False,
     )
     parts = [[] for _ in needs]
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        retnet_dq_kernel[(rows * H * NK,)](
+            q, k, v, c0,
+            do=do,
+            hc=hc,
+            dq=dq,
+            dq_sp=dq_sp,
+            L=L,
+            NP=NP,
+            BT=t.BT,
+            BK=t.BV,
+            BV=s.BV,
+            BF=t.BV,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **common,
+        )
+        parts[0].append((dq, s.dq_L))
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
@@ -1173,28 +1195,6 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             **common,
         )
         parts[2].append((dv, s.bwd_L))
-    if any((needs[0],)) or need_decay:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        t = s.rows
-        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
-        retnet_dq_kernel[(rows * H * NK,)](
-            q, k, v, c0,
-            do=do,
-            hc=hc,
-            dq=dq,
-            dq_sp=dq_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=t.BV,
-            BV=s.BV,
-            BF=t.BV,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
-        parts[0].append((dq, s.dq_L))
     return parts, dh0
 
 
