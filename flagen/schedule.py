@@ -169,9 +169,6 @@ def schedule(
         half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
         fwd = tile(BT, half, BF * half * parts, 2 if low and min(BF, block(shape.V, triton)) >= PIPELINED else 1)
         bwd = fwd if plan.sweeps or plan.intra else bwd
-        # of a small state two halves, rather than two pieces of the sequence and the launches that these take
-        if BF <= 64 and half > 32 and programs * -(-shape.V // half) < device.multiprocessors:
-            fwd = tile(BT, 32, BF * 32 * parts, 1)
     # narrower blocks, also of fewer key channels, gave wrong gradients and bad addresses with Triton 3.6 on Hopper
     intra, bwd_intra = Tile(BT, 64, 4, 1), Tile(BT, 64, 4, 1)
     if plan.erase:
@@ -208,8 +205,8 @@ def schedule(
         dq_L=dq_L,
         PARTS=1 if exact_decay and low else 2,
         DOT=tl.bfloat16 if low else tl.float32,
-        # what erases rounds more often on the way to an output than fp16's tolerance has room for
-        PRECISION=input_precision or ("tf32" if dtype == torch.float16 and not plan.erase else device.precision),
+        # for fp16 inputs too: tf32 cuts operands off, which sums of positive terms do not average out
+        PRECISION=input_precision or device.precision,
         SUM_PRECISION=device.precision,
         checkpoint=torch.bfloat16 if low else torch.float32,
     )

@@ -145,9 +145,9 @@ def gateloop_elementwise_fwd_kernel(
     b_hi = tl.zeros([1, BD], dtype=tl.float32)
     if h0 is not None:
         i_s = i_ph if PIECES else i_n
-        p_h = h0 + i_s * (D * 2) + o_d[None, :] * 2
-        b_h = tl.load(p_h, mask=m_d[None, :], other=0.0)
-        b_hi = tl.load(p_h + 1, mask=m_d[None, :], other=0.0)
+        p_h0 = h0 + i_s * (D * 2) + o_d[None, :] * 2
+        b_h = tl.load(p_h0, mask=m_d[None, :], other=0.0)
+        b_hi = tl.load(p_h0 + 1, mask=m_d[None, :], other=0.0)
     b_gt = tl.full([1, BD], 1.0, dtype=tl.float32)
     b_gti = tl.zeros([1, BD], dtype=tl.float32)
 
@@ -231,9 +231,9 @@ def gateloop_elementwise_fwd_kernel(
             o_lc = (i_c * (BP * S) + o_c)[:, None]
             m_c = (o_lc % LC == 0) & (o_c < n_t)[:, None] & m_d[None, :]
             o_lc = i_start // LC + o_lc // LC + (i_n * NC if cu_seqlens is None else i_n)
-            p_h = hc + o_lc * (D * 2) + o_d[None, :] * 2
-            tl.store(p_h, b_s, mask=m_c)
-            tl.store(p_h + 1, b_si, mask=m_c)
+            p_hc = hc + o_lc * (D * 2) + o_d[None, :] * 2
+            tl.store(p_hc, b_s, mask=m_c)
+            tl.store(p_hc + 1, b_si, mask=m_c)
         if o is not None:
             for s in tl.static_range(S):
                 m_s = o_c + s < n_t
@@ -268,17 +268,17 @@ def gateloop_elementwise_fwd_kernel(
 
     if ht is not None:
         if PIECES and o is None:
-            p_h = ht + i_ph * (D * 2) + o_d[None, :] * 2
-            tl.store(p_h, b_h, mask=m_d[None, :])
-            tl.store(p_h + 1, b_hi, mask=m_d[None, :])
-            p_h = gt + i_ph * (D * 2) + o_d[None, :] * 2
-            tl.store(p_h, b_gt, mask=m_d[None, :])
-            tl.store(p_h + 1, b_gti, mask=m_d[None, :])
+            p_ht = ht + i_ph * (D * 2) + o_d[None, :] * 2
+            tl.store(p_ht, b_h, mask=m_d[None, :])
+            tl.store(p_ht + 1, b_hi, mask=m_d[None, :])
+            p_gt = gt + i_ph * (D * 2) + o_d[None, :] * 2
+            tl.store(p_gt, b_gt, mask=m_d[None, :])
+            tl.store(p_gt + 1, b_gti, mask=m_d[None, :])
         else:
             if is_last:
-                p_h = ht + i_n * (D * 2) + o_d[None, :] * 2
-                tl.store(p_h, b_h, mask=m_d[None, :])
-                tl.store(p_h + 1, b_hi, mask=m_d[None, :])
+                p_ht = ht + i_n * (D * 2) + o_d[None, :] * 2
+                tl.store(p_ht, b_h, mask=m_d[None, :])
+                tl.store(p_ht + 1, b_hi, mask=m_d[None, :])
 
 
 # In place, the end states of pieces that each began from zero become the true states that the pieces begin with. REVERSE: the
@@ -311,17 +311,17 @@ def gateloop_elementwise_scan_kernel(
     b_h = tl.zeros([1, BD], dtype=tl.float32)
     b_hi = tl.zeros([1, BD], dtype=tl.float32)
     if h0 is not None:
-        p_h = h0 + i_n * (D * 2) + o_d[None, :] * 2
-        b_h = tl.load(p_h, mask=m_d[None, :], other=0.0)
-        b_hi = tl.load(p_h + 1, mask=m_d[None, :], other=0.0)
+        p_h0 = h0 + i_n * (D * 2) + o_d[None, :] * 2
+        b_h = tl.load(p_h0, mask=m_d[None, :], other=0.0)
+        b_hi = tl.load(p_h0 + 1, mask=m_d[None, :], other=0.0)
     for i in range(n_p):
         i_ph = i_p0 + (n_p - 1 - i if REVERSE else i)
         p_h = h + i_ph * (D * 2) + o_d[None, :] * 2
         b_c = tl.load(p_h, mask=m_d[None, :], other=0.0)
         b_ci = tl.load(p_h + 1, mask=m_d[None, :], other=0.0)
-        p_h = gt + i_ph * (D * 2) + o_d[None, :] * 2
-        b_A = tl.load(p_h, mask=m_d[None, :], other=0.0)
-        b_Ai = tl.load(p_h + 1, mask=m_d[None, :], other=0.0)
+        p_gt = gt + i_ph * (D * 2) + o_d[None, :] * 2
+        b_A = tl.load(p_gt, mask=m_d[None, :], other=0.0)
+        b_Ai = tl.load(p_gt + 1, mask=m_d[None, :], other=0.0)
         p_h = h + i_ph * (D * 2) + o_d[None, :] * 2
         tl.store(p_h, b_h, mask=m_d[None, :])
         tl.store(p_h + 1, b_hi, mask=m_d[None, :])
@@ -460,12 +460,12 @@ def gateloop_elementwise_bwd_state_kernel(
         bs_theta = bn_theta
         bs_do = bn_do
 
-    p_h = dh + i_ph * (D * 2) + o_d[None, :] * 2
-    tl.store(p_h, b_dh, mask=m_d[None, :])
-    tl.store(p_h + 1, b_dhi, mask=m_d[None, :])
-    p_h = gt + i_ph * (D * 2) + o_d[None, :] * 2
-    tl.store(p_h, b_gt, mask=m_d[None, :])
-    tl.store(p_h + 1, b_gti, mask=m_d[None, :])
+    p_dh = dh + i_ph * (D * 2) + o_d[None, :] * 2
+    tl.store(p_dh, b_dh, mask=m_d[None, :])
+    tl.store(p_dh + 1, b_dhi, mask=m_d[None, :])
+    p_gt = gt + i_ph * (D * 2) + o_d[None, :] * 2
+    tl.store(p_gt, b_gt, mask=m_d[None, :])
+    tl.store(p_gt + 1, b_gti, mask=m_d[None, :])
 
 
 # Backward in time, segment by segment: the adjoint of the state is carried, the states before each token are made again from those
@@ -551,14 +551,14 @@ def gateloop_elementwise_bwd_kernel(
     b_dh = tl.zeros([1, BD], dtype=tl.float32)
     b_dhi = tl.zeros([1, BD], dtype=tl.float32)
     if dhp is not None:
-        p_h = dhp + i_ph * (D * 2) + o_d[None, :] * 2
-        b_dh = tl.load(p_h, mask=m_d[None, :], other=0.0)
-        b_dhi = tl.load(p_h + 1, mask=m_d[None, :], other=0.0)
+        p_dhp = dhp + i_ph * (D * 2) + o_d[None, :] * 2
+        b_dh = tl.load(p_dhp, mask=m_d[None, :], other=0.0)
+        b_dhi = tl.load(p_dhp + 1, mask=m_d[None, :], other=0.0)
     else:
         if dht is not None:
-            p_h = dht + i_n * (D * 2) + o_d[None, :] * 2
-            b_dh = tl.load(p_h, mask=m_d[None, :], other=0.0)
-            b_dhi = tl.load(p_h + 1, mask=m_d[None, :], other=0.0)
+            p_dht = dht + i_n * (D * 2) + o_d[None, :] * 2
+            b_dh = tl.load(p_dht, mask=m_d[None, :], other=0.0)
+            b_dhi = tl.load(p_dht + 1, mask=m_d[None, :], other=0.0)
 
 
     bs_q = read_rows(q, q_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
@@ -596,9 +596,9 @@ def gateloop_elementwise_bwd_kernel(
         o_lc = (i_c * (BP * S) + o_c)[:, None]
         m_c = (o_lc % LC == 0) & (o_c < n_t)[:, None] & m_d[None, :]
         o_lc = i_start // LC + o_lc // LC + (i_n * NC if cu_seqlens is None else i_n)
-        p_h = hc + o_lc * (D * 2) + o_d[None, :] * 2
-        b_h = tl.load(p_h, mask=m_c, other=0.0)
-        b_hi = tl.load(p_h + 1, mask=m_c, other=0.0)
+        p_hc = hc + o_lc * (D * 2) + o_d[None, :] * 2
+        b_h = tl.load(p_hc, mask=m_c, other=0.0)
+        b_hi = tl.load(p_hc + 1, mask=m_c, other=0.0)
         b_ds = b_dh
         b_dsi = b_dhi
         if BP > 1:
@@ -724,9 +724,9 @@ def gateloop_elementwise_bwd_kernel(
 
     if dh0 is not None:
         if is_first:
-            p_h = dh0 + i_n * (D * 2) + o_d[None, :] * 2
-            tl.store(p_h, b_dh, mask=m_d[None, :])
-            tl.store(p_h + 1, b_dhi, mask=m_d[None, :])
+            p_dh0 = dh0 + i_n * (D * 2) + o_d[None, :] * 2
+            tl.store(p_dh0, b_dh, mask=m_d[None, :])
+            tl.store(p_dh0 + 1, b_dhi, mask=m_d[None, :])
 
 
 # One token: reads the state, writes it back in place. A program owns a sequence and a block of D.
