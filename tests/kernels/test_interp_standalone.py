@@ -55,7 +55,7 @@ def test_agrees_with_the_reference(spec, cu, emitted):
     inputs = [x.float() for x in make(spec, 2 if cu is None else 1, 40, 2, key, 5, sequences=None if cu is None else 3)]
     initial = narrow_states(make_states(spec, rows, 2, key, 5))
     cu_seqlens = None if cu is None else torch.tensor(cu, dtype=torch.int32)
-    scale = 0.4 if cu is None else spec.scale or key**-0.5
+    scale = 0.4 if cu is None else spec.scale or (1.0 if spec.vector else key**-0.5)
     wide = tuple(x.to(torch.complex128 if x.is_complex() else torch.float64) for x in initial)
     o, final, do, dfinal, gradients = expected(spec, tuple(inputs), scale, wide, cu_seqlens)
 
