@@ -1,0 +1,34 @@
+"""What is erased, by the kernels under the interpreter: resets of every kind inside a chunk, and keys of any length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ALL, extreme, make
+from harness import compare
+
+from flagen import specs
+
+SPANS = [0, 37, 37, 50]
+
+
+@pytest.mark.parametrize("name", ["gated_delta_net", "comba", "kda", "rwkv7"])
+@pytest.mark.parametrize("cu", [None, SPANS], ids=["dense", "packed"])
+def test_resets_inside_a_chunk(name, cu):
+    """Decays of exp(-30), exp(-100) and 0 among others, per token or per channel: exact, and no gradient is NaN."""
+    spec = specs.get(name)
+    generator = torch.Generator().manual_seed(5)
+    inputs = make(spec, 1, 53, 2, 8, 5, sequences=None if cu is None else 3)
+    inputs = tuple(
+        extreme(x.shape, generator) if one.name in ("g", "w") else x for one, x in zip(spec.inputs, inputs, strict=True)
+    )
+    compare(spec, 1, 53, 2, 8, 5, inputs=inputs, cu=cu, chunk=32)
+
+
+@pytest.mark.parametrize("size", [0.2, 3.0])
+def test_keys_of_any_length(size):
+    """Where nothing is normalised: a small and a large a, beside b of length 1."""
+    spec = next(one for one in ALL if one.name == "low_rank_scalar")
+    inputs = make(spec, 1, 40, 1, 8, 5)
+    inputs = tuple(x * size if one.name == "a" else x for one, x in zip(spec.inputs, inputs, strict=True))
+    compare(spec, 1, 40, 1, 8, 5, inputs=inputs, chunk=32)
