@@ -155,14 +155,14 @@ class Held:
 # blocks that kernels make themselves; an input of such a name gets another block
 OWN_BLOCKS = frozenset(
     """
-    cq gn dqd dkd zr zl el far mark c
+    cq gn dqd dkd zr zl el mark c
     query key value ld turn angle h hi hr z ch chi cz er dnd dh dhi dhr dz A dA D s c ct n dn o do dod d dd ds own
     fk fq kd qd vd en ek eq cn sn ck sk cr sr cl sl qc qs kc ks x xl xq xk xqi xki y yl yqi yki all weight first
     second k1 k2 q1 q2 tree gt at dquery dkey dvalue dlog_decay dphase dbonus dfq dfk dvi dqr dqi dkr dki dqc dqs
     dkc dks sum part pick picked f yq m fall gate before lg dgate top Ai Ab Abi ci cb cbi si ei back backi after
     afteri gti dsi count df dh0 dh1 dh2 dot dpair h0 h1 h2 half0 half1 half2 pick0 pick1 pick2 qr inv vt with0 with1
     with2 zq zt a b e hw dhw M B C E dB dC dD dar dbd dkd ea xa xw or ol late early corner rq ra rb rk fa fb za zb
-    zkey far ce vf rn
+    zkey ce vf rn
     """.split()  # noqa: SIM905
 )
 

@@ -912,8 +912,9 @@ def intra(q, k, g, beta, b, d, cu_seqlens, scale, s, shape):
     t = s.intra
     like = q
     NP, chunks = pieces(cu_seqlens, N, T, t.BT)
-    made = {x: torch.empty(B, T, H, t.BT, dtype=s.checkpoint, device=like.device) for x in ("M", "A", )}
-    made |= {x: torch.empty(B, T, H, K, dtype=s.checkpoint, device=like.device) for x in ("rq", "rb", )}
+    common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
+    made = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", )}
+    made |= {x: torch.empty(B, T, H, K, dtype=common, device=like.device) for x in ("rq", "rb", )}
     made |= {"fs": torch.empty(3, B, T, H, dtype=torch.float32, device=like.device), "fs_sp": B * T * H}
     made["en"] = torch.empty(chunks, H, dtype=torch.float32, device=like.device)
     comba_intra_kernel[(chunks * H,)](
@@ -1052,8 +1053,9 @@ def bwd(q, k, v, g, beta, b, d, do, hc, dht, cu_seqlens, scale, s, needs, initia
     dd = gradient(d, "h", needs[6])
     dh0 = state(N, H, F, V, like) if initial else None
     made = intra(q, k, g, beta, b, d, cu_seqlens, scale, s, (B, T, H, K, N))
-    hw, dhw = (torch.empty(B, T, H, V, dtype=s.checkpoint, device=like.device) for _ in range(2))
-    hs, dhs = (state(chunks, H, F, V, like, s.checkpoint) for _ in range(2))
+    common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
+    hw, dhw = (torch.empty(B, T, H, V, dtype=common, device=like.device) for _ in range(2))
+    hs, dhs = (state(chunks, H, F, V, like, common) for _ in range(2))
     run(v, beta, made, None, hw, hc, None, hs, cu_seqlens, scale, s, s.fwd, shape, s.LC, s.fwd.BT)
     t = s.bwd
     comba_bwd_state_kernel[(N * H * triton.cdiv(V, t.BV),)](

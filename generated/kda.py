@@ -346,22 +346,9 @@ def kda_intra_kernel(
     b_ea = b_eq
     b_en = tl.exp(tl.sum(b_ld, 0))
     # [BT, BT]
-    b_cl = sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION)
-    # [BT]
-    m_near = tl.min(b_cl, 1) > -SPAN
-    m_pair = (o_i[:, None] > o_i[None, :]) & m_near[:, None]
     b_qr = b_query * scale
-    b_zq = (b_qr * tl.exp(b_cl)).to(DOT)
-    b_za = (b_a * tl.exp(b_cl)).to(DOT)
-    b_cl = tl.exp(tl.minimum(-b_cl, SPAN))
-    b_zb = tl.trans((b_b * b_cl).to(DOT))
-    b_M = tl.where(m_pair, tl.dot(b_za, b_zb, input_precision=PRECISION), 0.0)
-    b_A = tl.where(m_pair, tl.dot(b_zq, b_zb, input_precision=PRECISION), 0.0)
-    if tl.min(m_near.to(tl.int32), 0) == 0:
-        b_far = erase_scores(b_a, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-        b_M = tl.where(m_near[:, None], b_M, b_far)
-        b_far = erase_scores(b_qr, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-        b_A = tl.where(m_near[:, None], b_A, b_far)
+    b_M = erase_scores(b_a, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+    b_A = erase_scores(b_qr, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
     b_d = tl.sum(b_query.to(tl.float32) * b_b.to(tl.float32), 1) * scale
     b_A = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_A)
     p_x = o_row[:, None] * BT + o_i[None, :]
@@ -989,8 +976,9 @@ def intra(q, k, g, beta, cu_seqlens, scale, s, shape):
     t = s.intra
     like = q
     NP, chunks = pieces(cu_seqlens, N, T, t.BT)
-    made = {x: torch.empty(B, T, H, t.BT, dtype=s.checkpoint, device=like.device) for x in ("M", "A", )}
-    made |= {x: torch.empty(B, T, H, K, dtype=s.checkpoint, device=like.device) for x in ("rq", "ra", "rb", )}
+    common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
+    made = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", )}
+    made |= {x: torch.empty(B, T, H, K, dtype=common, device=like.device) for x in ("rq", "ra", "rb", )}
     made["en"] = torch.empty(chunks, H, K, dtype=torch.float32, device=like.device)
     kda_intra_kernel[(chunks * H,)](
         q, k, g, beta,
@@ -1122,8 +1110,9 @@ def bwd(q, k, v, g, beta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fals
     dbeta = gradient(beta, "bth", needs[4])
     dh0 = state(N, H, F, V, like) if initial else None
     made = intra(q, k, g, beta, cu_seqlens, scale, s, (B, T, H, K, N))
-    hw, dhw = (torch.empty(B, T, H, V, dtype=s.checkpoint, device=like.device) for _ in range(2))
-    hs, dhs = (state(chunks, H, F, V, like, s.checkpoint) for _ in range(2))
+    common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
+    hw, dhw = (torch.empty(B, T, H, V, dtype=common, device=like.device) for _ in range(2))
+    hs, dhs = (state(chunks, H, F, V, like, common) for _ in range(2))
     run(v, beta, made, None, hw, hc, None, hs, cu_seqlens, scale, s, s.fwd, shape, s.LC, s.fwd.BT)
     t = s.bwd
     kda_bwd_state_kernel[(N * H * triton.cdiv(V, t.BV),)](

@@ -351,29 +351,11 @@ def rwkv7_intra_kernel(
     b_ea = tl.exp(sum_steps(o_i[None, :] < o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
     b_en = tl.exp(tl.sum(b_ld, 0))
     # [BT, BT]
-    b_cl = sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION)
-    # [BT]
-    m_near = tl.min(b_cl, 1) > -SPAN
-    m_pair = (o_i[:, None] > o_i[None, :]) & m_near[:, None]
     b_qr = b_query * scale
-    b_zq = (b_qr * tl.exp(b_cl)).to(DOT)
-    b_za = (b_a * tl.exp(b_cl - b_ld)).to(DOT)
-    b_cl = tl.exp(tl.minimum(-b_cl, SPAN))
-    b_zb = tl.trans((b_b * b_cl).to(DOT))
-    b_zkey = tl.trans((b_key * b_cl).to(DOT))
-    b_M = tl.where(m_pair, tl.dot(b_za, b_zb, input_precision=PRECISION), 0.0)
-    b_A = tl.where(m_pair, tl.dot(b_zq, b_zb, input_precision=PRECISION), 0.0)
-    b_B = tl.where(m_pair, tl.dot(b_zq, b_zkey, input_precision=PRECISION), 0.0)
-    b_C = tl.where(m_pair, tl.dot(b_za, b_zkey, input_precision=PRECISION), 0.0)
-    if tl.min(m_near.to(tl.int32), 0) == 0:
-        b_far = erase_scores(b_a, b_b, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-        b_M = tl.where(m_near[:, None], b_M, b_far)
-        b_far = erase_scores(b_qr, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-        b_A = tl.where(m_near[:, None], b_A, b_far)
-        b_far = erase_scores(b_qr, b_key, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-        b_B = tl.where(m_near[:, None], b_B, b_far)
-        b_far = erase_scores(b_a, b_key, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-        b_C = tl.where(m_near[:, None], b_C, b_far)
+    b_M = erase_scores(b_a, b_b, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+    b_A = erase_scores(b_qr, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+    b_B = erase_scores(b_qr, b_key, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+    b_C = erase_scores(b_a, b_key, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
     b_d = tl.sum(b_query.to(tl.float32) * b_b.to(tl.float32), 1) * scale
     b_A = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_A)
     b_d = tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
@@ -1037,8 +1019,9 @@ def intra(r, k, w, a, b, cu_seqlens, scale, s, shape):
     t = s.intra
     like = r
     NP, chunks = pieces(cu_seqlens, N, T, t.BT)
-    made = {x: torch.empty(B, T, H, t.BT, dtype=s.checkpoint, device=like.device) for x in ("M", "A", "B", "C", )}
-    made |= {x: torch.empty(B, T, H, K, dtype=s.checkpoint, device=like.device) for x in ("rq", "ra", "rb", "rk", )}
+    common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
+    made = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", "B", "C", )}
+    made |= {x: torch.empty(B, T, H, K, dtype=common, device=like.device) for x in ("rq", "ra", "rb", "rk", )}
     made["en"] = torch.empty(chunks, H, K, dtype=torch.float32, device=like.device)
     rwkv7_intra_kernel[(chunks * H,)](
         r, k, w, a, b,
@@ -1171,8 +1154,9 @@ def bwd(r, k, v, w, a, b, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fals
     db = gradient(b, "bthk", needs[5])
     dh0 = state(N, H, F, V, like) if initial else None
     made = intra(r, k, w, a, b, cu_seqlens, scale, s, (B, T, H, K, N))
-    hw, dhw = (torch.empty(B, T, H, V, dtype=s.checkpoint, device=like.device) for _ in range(2))
-    hs, dhs = (state(chunks, H, F, V, like, s.checkpoint) for _ in range(2))
+    common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
+    hw, dhw = (torch.empty(B, T, H, V, dtype=common, device=like.device) for _ in range(2))
+    hs, dhs = (state(chunks, H, F, V, like, common) for _ in range(2))
     run(v, made, None, hw, hc, None, hs, cu_seqlens, scale, s, s.fwd, shape, s.LC, s.fwd.BT)
     t = s.bwd
     rwkv7_bwd_state_kernel[(N * H * triton.cdiv(V, t.BV),)](
