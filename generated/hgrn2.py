@@ -462,11 +462,11 @@ def hgrn2_bwd_intra_kernel(
             b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
         b_eq = tl.exp(b_cq)
         # [BT, BK]: the sums over pairs by products of query and key with the decays since the chunk's start
-        b_w = tl.where(m_below, b_dA, 0.0).to(DOT)
+        b_dpair = tl.where(m_below, b_dA, 0.0).to(DOT)
         b_el = tl.exp(tl.minimum(-b_ck, SPAN))
         b_zr = (b_query * (b_eq * scale)).to(DOT)
         b_zl = (b_key * b_el).to(DOT)
-        b_dquery = tl.dot(b_w, b_zl, input_precision=PRECISION)
+        b_dquery = tl.dot(b_dpair, b_zl, input_precision=PRECISION)
         # both sides of a pair give the same rounded product, so that pairs on one side of a token cancel
         b_x = b_dquery * b_zr.to(tl.float32)
         b_dquery *= b_eq
@@ -488,7 +488,7 @@ def hgrn2_bwd_intra_kernel(
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
         if not TREE:
-            b_dkey = tl.dot(tl.trans(b_w), b_zr, input_precision=PRECISION)
+            b_dkey = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
             b_xl = b_dkey * b_zl.to(tl.float32)
             b_dkey *= b_el
         if dkd is not None:

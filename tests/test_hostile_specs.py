@@ -372,6 +372,8 @@ def marked(spec: Spec) -> Spec:
     if "scalars" in data:
         data["scalars"] = [new[name] for name in data["scalars"]]
     data |= {role: renamed(data[role]) for role in ROLES[:6] if role in data}
+    if "erase" in data:
+        data["erase"] = [renamed(text) for text in data["erase"]]
     return Spec.from_json(json.dumps(data | {"name": "zspec"}))
 
 
@@ -398,6 +400,7 @@ def test_the_only_free_names_are_pythons():
         "range", "max", "min", "any", "tuple", "dict", "int", "float", "str", "bool", "len", "zip", "enumerate", "all",
         "getattr", "hasattr", "classmethod", "staticmethod", "property", "object", "isinstance", "list", "set", "sum",
         "sorted", "reversed", "ValueError", "TypeError", "RuntimeError", "NotImplementedError", "super", "print", "abs",
+        "map", "next",
     } - {"print"}  # fmt: skip
     for name, text in texts():
         top = symtable.symtable(text, name, "exec")
