@@ -248,7 +248,9 @@ def test_a_training_step_is_compiled_ahead(name, memory):
         for _ in range(2):
             backend._begin(plan, calls.inputs, calls.constants, 0.5, (), None, False)
         given = calls.forward(memory, calls.inputs)
-        launched = len(given[0]) + len(calls.backward(memory, calls.inputs, given[2])[0])
+        launches = [*given[0], *calls.backward(memory, calls.inputs, given[2])[0]]
+        # a kernel that both launch in the same form is compiled once
+        launched = len({(function, packed) for function, packed, *_ in launches})
     finally:
         triton.knobs.compilation.listener = before
     assert len(threads) == launched > 5
