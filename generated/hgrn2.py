@@ -294,8 +294,9 @@ def hgrn2_pairs_kernel(
     o_row = (i_b * T + o_t) * H + i_h
     # [BT]
     m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
-    if tl.max(m_far.to(tl.int32), 0) == 0:
-        return
+    if DOT == tl.bfloat16:
+        if tl.max(m_far.to(tl.int32), 0) == 0:
+            return
     q += i_b * q_sb
     q += (i_h // G_q) * q_sh
     g += i_b * g_sb

@@ -316,8 +316,9 @@ def rwkv6_pairs_kernel(
     o_row = (i_b * T + o_t) * H + i_h
     # [BT]
     m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
-    if tl.max(m_far.to(tl.int32), 0) == 0:
-        return
+    if DOT == tl.bfloat16:
+        if tl.max(m_far.to(tl.int32), 0) == 0:
+            return
     r += i_b * r_sb
     r += (i_h // G_r) * r_sh
     k += i_b * k_sb
