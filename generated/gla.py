@@ -1199,14 +1199,14 @@ def scan(h, h0, gt, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def prepare(q, k, g, shape, like, cu_seqlens, scale, s):
-    """What the serial kernels read: qd, kd [B, T, H, K], gn [chunks, H, K], A [B, T, H, BT]; and far [B, T, H]."""
+def prepare(q, k, g, shape, like, cu_seqlens, scale, s, BT):
+    """What the serial kernels read: qd, kd [B, T, H, K], gn [chunks of BT tokens, H, K], A [B, T, H, BT]; and far [B, T, H]."""
     B, T, H, K, V, F, N = shape
     t = s.intra
-    NP, rows = pieces(cu_seqlens, N, T, t.BT)
+    NP, rows = pieces(cu_seqlens, N, T, BT)
     qd = torch.empty(B, T, H, K, dtype=s.checkpoint, device=like.device)
     kd = torch.empty_like(qd)
-    A = torch.empty(B, T, H, t.BT, dtype=s.checkpoint, device=like.device)
+    A = torch.empty(B, T, H, BT, dtype=s.checkpoint, device=like.device)
     gn = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
     far = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
     common = dict(
@@ -1231,9 +1231,9 @@ def prepare(q, k, g, shape, like, cu_seqlens, scale, s):
         G_k=H // k.shape[2],
         G_g=H // g.shape[2],
         K=K,
-        BT=t.BT,
+        BT=BT,
         BK=t.BV,
-        LEVELS=t.BT.bit_length() - 1,
+        LEVELS=BT.bit_length() - 1,
         PARTS=s.PARTS,
         DOT=s.DOT,
         PRECISION=s.PRECISION,
@@ -1264,7 +1264,7 @@ def fwd(q, k, v, g, h0, cu_seqlens, scale, s, final=False, save=False):
     o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
     ht = state(N, H, F, V, like) if final else None
     hc = state(N * NC if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
-    qd, kd, gn, A, _ = prepare(q, k, g, shape, like, cu_seqlens, scale, s)
+    qd, kd, gn, A, _ = prepare(q, k, g, shape, like, cu_seqlens, scale, s, s.fwd.BT)
     t = s.fwd
     NV = triton.cdiv(V, t.BV)
     common = dict(
@@ -1356,7 +1356,7 @@ def bwd(q, k, v, g, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         out = make(count, *shape, dtype=torch.float32, device=x.device)
         return out, out[0].numel()
 
-    qd, kd, gn, A, far = prepare(q, k, g, shape, like, cu_seqlens, scale, s)
+    qd, kd, gn, A, far = prepare(q, k, g, shape, like, cu_seqlens, scale, s, s.bwd.BT)
     values = dict(
         do=do,
         gn=gn,
@@ -1376,7 +1376,7 @@ def bwd(q, k, v, g, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         V=V,
         F=F,
         LC=s.LC,
-        BT=t.BT,
+        BT=s.bwd.BT,
         DOT=s.DOT,
         PRECISION=s.PRECISION,
     )
