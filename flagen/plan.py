@@ -253,8 +253,7 @@ class Plan(ErasePlan):
             else ""
         )
         text = triton_text(expr, {leaf: block_text(leaf, time, channel) for leaf in leaves(expr)})
-        turned = triton_text(expr, {leaf: block_text(leaf, time, channel, turned=True) for leaf in leaves(expr)})
-        return Role(name, text, turned, identity, expr.axes, tuple(one.name for one in expr.inputs))
+        return Role(name, text, identity, expr.axes, tuple(one.name for one in expr.inputs))
 
     def _role_block(self, role: str) -> tuple[str, bool]:
         """The channel axis and whether there is a time axis of the block in which a role is evaluated."""
@@ -279,18 +278,14 @@ class Plan(ErasePlan):
     def _term(self, tensor: TensorArg | None, role: str, diff: Expr) -> Term:
         """tensor: None for a unit, whose blocks have key channels."""
         channel, _ = self._role_block(role)
-        texts = []
-        for turned in (False, True):
-            gradient = f"b_d{role}"
-            if diff != Number(1):
-                names: dict[Expr, str] = {leaf: block_text(leaf, True, channel, turned=turned) for leaf in leaves(diff)}
-                gradient = f"{gradient} * ({triton_text(diff, names)})"
-            if role == "log_decay":
-                # where the decay is zero so is its gradient, whatever the gate's derivative is there
-                gradient = f"tl.where(b_ld > DECAY_FLOOR, {gradient}, 0.0)"
-            texts.append(gradient)
-        text, text_turned = texts
-        return Term(role, text, text_turned, bool(channel) and tensor is not None and not tensor.channel)
+        text = f"b_d{role}"
+        if diff != Number(1):
+            names: dict[Expr, str] = {leaf: block_text(leaf, True, channel) for leaf in leaves(diff)}
+            text = f"{text} * ({triton_text(diff, names)})"
+        if role == "log_decay":
+            # where the decay is zero so is its gradient, whatever the gate's derivative is there
+            text = f"tl.where(b_ld > DECAY_FLOOR, {text}, 0.0)"
+        return Term(role, text, bool(channel) and tensor is not None and not tensor.channel)
 
     def gradients_after(self, stage: str) -> tuple[Gradient, ...]:
         """The gradients that are whole once the role `stage` has its own: kernels store them there."""

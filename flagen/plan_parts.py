@@ -65,12 +65,11 @@ class TensorArg:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A role's text over the blocks b_<input>, and the same over blocks with channels as rows. `identity`: the input it
-    is, if it is nothing but one with all its axes."""
+    """A role's text over the blocks b_<input>. `identity`: the input it is, if it is nothing but one with all its
+    axes."""
 
     name: str
     text: str
-    turned: str
     identity: str
     axes: str
     inputs: tuple[str, ...]
@@ -82,13 +81,11 @@ class Role:
 
 
 class Term(NamedTuple):
-    """What a role gives to the gradient of an input: text over blocks, and over blocks with channels as rows.
-    `reduced`: the blocks have a channel axis that the input lacks, over which they are summed.
-    """
+    """What a role gives to the gradient of an input: text over blocks. `reduced`: these have a channel axis that the
+    input lacks, over which they are summed."""
 
     role: str
     text: str
-    turned: str
     reduced: bool
 
 
@@ -178,16 +175,13 @@ def leaves(expr: Expr) -> tuple[Input, ...]:
     return tuple(dict.fromkeys(node for node in expr.walk() if isinstance(node, Input)))
 
 
-def block_text(leaf: Expr, time: bool, channel: str, *, turned: bool = False) -> str:
-    """The block of an input as it broadcasts in a block with or without a time and a channel axis; turned: key channels
-    are rows."""
+def block_text(leaf: Expr, time: bool, channel: str) -> str:
+    """The block of an input as it broadcasts in a block with or without a time and a channel axis."""
     assert isinstance(leaf, Leaf) and not isinstance(leaf, Index), "indices are constants by now"
     name = block_name(leaf.name)
     has_time, has_channel = "t" in leaf.axes, bool(set("kvd") & set(leaf.axes))
     if not (time and channel) or (has_time and has_channel):
         return name
-    if turned and channel == "k":
-        has_time, has_channel = has_channel, has_time
     return f"{name}[:, None]" if has_time else f"{name}[None, :]" if has_channel else name
 
 
