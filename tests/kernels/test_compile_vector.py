@@ -55,7 +55,7 @@ def test_every_kernel_compiles_and_fits(name, target, shape, monkeypatch):
     if target == "sm_90":
         stacks = {key: max(aot.resources(kernel)["stack"] for kernel in found) for key, found in kernels.items()}
         assert max(stacks.values()) <= 64, f"bytes of stack a thread: {stacks}"
-    if (target, shape) == ("sm_90", "bf16"):
-        # two channels of 16 bits a thread are read at once
+    if (target, shape) == ("sm_90", "bf16") and not plan.complex:
+        # two channels of 16 bits a thread are read at once; a thread has one complex channel
         forward = kernels["fwd_kernel"][-1].asm["ptx"]
         assert "ld.global.b32" in forward and "ld.global.b16" not in forward
