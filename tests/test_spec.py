@@ -159,8 +159,8 @@ REFUSED = [
     (lambda: Spec("s", log_decay=Input("taylor", "h")), "a function of the language"),
     (lambda: Spec("s", log_decay=Input("yield", "h")), "keyword of Python"),
     *[(lambda n=n: Spec("s", log_decay=Input(n, "h")), "generated kernels use")
-      for n in ("b_g", "p_g", "i_t", "o_t", "m_t", "c0", "h0", "do", "tl", "h", "z", "s", "t", "at", "den", "en", "locate",
-                "G_q", "q_sb", "x_st", "x_sh", "x_sp", "gla_fwd_kernel", "monomials", "num_warps")],
+      for n in ("b_g", "p_g", "i_t", "o_t", "m_t", "c0", "h0", "do", "tl", "h", "z", "s", "t", "at", "den", "en",
+                "locate", "G_q", "q_sb", "x_st", "x_sh", "x_sp", "gla_fwd_kernel", "monomials", "num_warps")],
     *[(lambda n=n: Spec("s", log_decay=Input(n, "h")), "the gradient d\\w+, a name that generated code needs")
       for n in ("el", "ef")],
     *[(lambda n=n: Spec("s", log_decay=Input(n, "h")), "all capitals") for n in ("T", "BT", "USE_G", "A2")],
