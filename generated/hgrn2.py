@@ -1155,13 +1155,14 @@ def scan(h, h0, gt, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def prepare(q, g, shape, like, cu_seqlens, scale, s, BT):
-    """What the serial kernels read: qd, kd [B, T, H, K], gn [chunks of BT tokens, H, K], A [B, T, H, BT]; and far [B, T, H]."""
+def prepare(q, g, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=None):
+    """What the serial kernels read: qd, kd [B, T, H, K], gn [chunks of BT tokens, H, K], A [B, T, H, BT]; and far [B, T, H].
+
+    qd, kd: where to, None for tensors of their own."""
     B, T, H, K, V, F, N = shape
     t = s.intra
     NP, rows = pieces(cu_seqlens, N, T, BT)
-    qd = torch.empty(B, T, H, K, dtype=s.checkpoint, device=like.device)
-    kd = torch.empty_like(qd)
+    qd, kd = (torch.empty(B, T, H, K, dtype=s.checkpoint, device=like.device) if x is None else x for x in (qd, kd))
     A = torch.empty(B, T, H, BT, dtype=s.checkpoint, device=like.device)
     gn = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
     far = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
@@ -1308,7 +1309,23 @@ def bwd(q, g, v, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         out = make(count, *shape, dtype=torch.float32, device=x.device)
         return out, out[0].numel()
 
-    qd, kd, gn, A, far = prepare(q, g, shape, like, cu_seqlens, scale, s, s.bwd.BT)
+    parts = [[] for _ in needs]
+    NS, segments = pieces(cu_seqlens, N, T, s.LC)
+    dq, dq_sp = gradient(q, "bthk", needs[0], 1, segments, True)
+    parts[0].append((dq, s.LC))
+    dg, dg_sp = gradient(g, "bthk", needs[1], 1, segments, True)
+    parts[1].append((dg, s.LC))
+
+    def place(need, x):
+        """Where the gradient of the query or key is to be, if something of its shape may lie there until then."""
+        return x if need and x is not None and x.dtype == s.checkpoint else None
+
+    # with dqd where qd was, no more than dkd needs memory beside the gradients
+    qd, kd, gn, A, far = prepare(
+        q, g, shape, like, cu_seqlens, scale, s, s.bwd.BT,
+        qd=place(need_key, None),
+        kd=place(need_query, dq),
+    )
     values = dict(
         do=do,
         gn=gn,
@@ -1341,30 +1358,11 @@ def bwd(q, g, v, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         num_stages=t.num_stages,
         **values,
     )
-    parts = [[] for _ in needs]
-    NS, segments = pieces(cu_seqlens, N, T, s.LC)
-    dq, dq_sp = gradient(q, "bthk", needs[0], 1, segments, True)
-    parts[0].append((dq, s.LC))
-    dg, dg_sp = gradient(g, "bthk", needs[1], 1, segments, True)
-    parts[1].append((dg, s.LC))
-
-    def decayed(need, x, like):
-        """Where the gradient of qd or kd goes: where that of the query or key is to be, if it may."""
-        if not need:
-            return None
-        return x if x is not None and x.dtype == s.checkpoint else torch.empty_like(like)
-
-    dqd = decayed(need_query, dq, qd)
-    dkd = decayed(need_key, None, kd)
     hdh = torch.empty(hc.shape[0], H, K, dtype=torch.float32, device=like.device) if need_decay else None
-    if need_query:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        hgrn2_dq_kernel[(rows * H * NK,)](v, kd=kd, dqd=dqd, L=L, NP=NP, **by_key)
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
-    by_key |= dict(qd=qd, L=L, NP=NP)
-    dhp = dh0 = None
+    by_query = by_key | dict(qd=qd, L=L, NP=NP)
+    dhp = dh0 = dkd = None
     if s.bwd_L:
         # the adjoints at the ends of the pieces
         dhp = state(rows, H, F, V, like)
@@ -1377,21 +1375,9 @@ def bwd(q, g, v, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             gt=gt,
             dkd=None,
             hdh=None,
-            **by_key,
+            **by_query,
         )
         scan(dhp, dht, gt, cu_seqlens, N, T, L, NP, K, V, F, True)
-    if need_key or initial:
-        dh0 = state(N, H, F, V, like) if initial else None
-        hgrn2_dk_kernel[(rows * H * NK,)](
-            v,
-            dht=dht,
-            dhp=dhp,
-            dh0=dh0,
-            gt=None,
-            dkd=torch.empty_like(qd) if dkd is None else dkd,
-            hdh=hdh,
-            **by_key,
-        )
     if need_value:
         t = s.bwd
         dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
@@ -1414,13 +1400,36 @@ def bwd(q, g, v, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             num_stages=t.num_stages,
             **values,
         )
-    del qd, kd, gn, A
+    del A
+    if need_key or initial:
+        dkd = torch.empty_like(qd)
+        dh0 = state(N, H, F, V, like) if initial else None
+        hgrn2_dk_kernel[(rows * H * NK,)](
+            v,
+            dht=dht,
+            dhp=dhp,
+            dh0=dh0,
+            gt=None,
+            dkd=dkd,
+            hdh=hdh,
+            **by_query,
+        )
+    if need_query:
+        NQ, starts = pieces(cu_seqlens, N, T, s.dq_L) if s.dq_L else (1, N)
+        hgrn2_dq_kernel[(starts * H * NK,)](
+            v,
+            kd=kd,
+            dqd=qd,
+            L=s.dq_L or T + 1,
+            NP=NQ,
+            **by_key,
+        )
     if need_query or need_key or False:
         t = s.bwd_intra
         common = dict(
             do=do,
-            dqd=dqd,
-            dkd=dkd,
+            dqd=qd if need_query else None,
+            dkd=dkd if need_key else None,
             hdh=hdh,
             far=far,
             dq=dq,
