@@ -209,7 +209,8 @@ def estimate(
         Stage(costs(calls, entry.source, machine, constants), floor, calls.peak)
         for calls, floor in zip((traced.forward, traced.training, traced.backward, traced.step), floors, strict=True)
     )
-    extra = max(traced.training.peak - traced.output, traced.backward.peak - traced.output - traced.results)
+    # of a step as a whole, as it is measured: while the forward runs there are no gradients yet
+    extra = max(0, max(traced.training.peak, traced.backward.peak) - traced.output - traced.results)
     return Estimate(forward, training, backward, step, read, traced.held, extra, traced.schedule, machine)
 
 

@@ -423,3 +423,11 @@ def test_show_says_what_the_cost_model_does_not_know(capsys, monkeypatch):
     monkeypatch.setattr(cost, "estimate", unknown)
     assert main(["show", "gla"]) == 0
     assert "not shown, gla_fwd_kernel, line 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "most"), [("retnet", 0.25), ("gla", 0.5), ("rwkv6", 0.5), ("hgrn2", 1.0)])
+def test_a_step_needs_little_memory(name, most):
+    """Beside inputs, output and gradients, in inputs: with a decay per key channel what is prepared lies where
+    gradients are to be; hgrn2's key is not an input, so that its gradient has no such place."""
+    found = estimated(name, 1, 8192, 96, 128, 128)
+    assert found.extra <= most * found.inputs
