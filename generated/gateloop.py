@@ -1293,25 +1293,26 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     NV = triton.cdiv(V, t.BV)
+
     make = torch.empty if cu_seqlens is None else torch.zeros
 
-    def gradient(x, axes, need):
+    def gradient(x, axes, need, count, rows, alone):
+        """One kernel's gradient of x, in `count` parts, and the stride between them."""
         if not need:
             return None, 0
         channels = (K,) if "k" in axes else (V,) if "v" in axes else ()
         shape = (B, T, H, *channels) if "t" in axes else (rows, H, *channels)
-        parts = NV if "v" not in axes else 1
-        if parts == 1 and "t" in axes:
-            whole = x.shape == torch.Size(shape[:4])
+        if count == 1 and "t" in axes:
+            whole = alone and x.shape == torch.Size(shape[:4])
             return make(shape, dtype=x.dtype if whole else torch.float32, device=x.device), 0
-        out = make(parts, *shape, dtype=torch.float32, device=x.device)
+        out = make(count, *shape, dtype=torch.float32, device=x.device)
         return out, out[0].numel()
 
-    dq, dq_sp = gradient(q, "bthk", needs[0])
-    dk, dk_sp = gradient(k, "bthk", needs[1])
-    dv, dv_sp = gradient(v, "bthv", needs[2])
-    dg, dg_sp = gradient(g, "bthk", needs[3])
-    dtheta, dtheta_sp = gradient(theta, "bthk", needs[4])
+    dq, dq_sp = gradient(q, "bthk", needs[0], NV, rows, True)
+    dk, dk_sp = gradient(k, "bthk", needs[1], NV, rows, True)
+    dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
+    dg, dg_sp = gradient(g, "bthk", needs[3], NV, rows, True)
+    dtheta, dtheta_sp = gradient(theta, "bthk", needs[4], NV, rows, True)
     dh0 = state(N, H, F, V, like) if initial else None
     hs = state(rows * (s.LC // t.BT), H, F, V, like, s.checkpoint) if s.LC > t.BT else None
     dhp = None
