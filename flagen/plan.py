@@ -210,6 +210,7 @@ class Plan(ErasePlan):
     swept = property(plan_rows.swept)
     prepared, before = property(plan_rows.prepared), property(plan_rows.before)
     value_rows, written = property(plan_rows.value_rows), property(plan_rows.written)
+    summed, telescopes = property(plan_rows.summed), property(plan_rows.telescopes)
     early_factor = property(plan_rows.early_factor)
 
     @cached_property

@@ -53,6 +53,21 @@ def prepared(plan: Plan) -> bool:
     return swept(plan) and plan.decay == "scalar"
 
 
+def summed(plan: Plan) -> bool:
+    """Whether an input of the decay lacks a time axis, so that its gradient is a sum over tokens of a running sum."""
+    decay = plan.log_decay
+    return bool(decay and any("t" not in one.axes for one in plan.inputs if one.name in decay.inputs))
+
+
+def telescopes(plan: Plan) -> bool:
+    """Whether what the decay's gradient is summed up from is made of the same rounded rows in all kernels.
+
+    It is then the gradient of a recurrence with slightly other weights of rows; what two kernels round apart adds up
+    in one direction until the next checkpoint. It takes registers, and by token it makes little difference.
+    """
+    return swept(plan) and summed(plan)
+
+
 def before(plan: Plan) -> tuple[str, ...]:
     """What sweeps read that a kernel has prepared."""
     return ("gsum",) * prepared(plan) + ("rden", "dden") * (plan.normalized and swept(plan))

@@ -123,9 +123,7 @@ def checkpoint_of(plan: Plan) -> int:
     """
     if plan.tiled:
         return CHECKPOINT * 4
-    decay = plan.log_decay
-    summed = decay and any("t" not in one.axes for one in plan.inputs if one.name in decay.inputs)
-    return CHECKPOINT // 2 if plan.sweeps and summed else CHECKPOINT
+    return CHECKPOINT // 2 if plan.sweeps and plan.summed else CHECKPOINT
 
 
 def schedule(

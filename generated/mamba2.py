@@ -466,6 +466,8 @@ def mamba2_bwd_state_kernel(
 # The three sweeps of a backward without a decay per channel: each is the forward's pass with other roles, so that its programs hold
 # half a state, and recompute the pairs inside a chunk. Gradients are contiguous, and fp32 where blocks or programs hold parts of
 # them; <x>_sp is the stride between those parts.
+# States, adjoints, q . dq and k . dk are made of the same rounded rows here, those of the forward: the decay's gradient is a running sum of
+# their differences, and is so that of a recurrence with slightly other weights of rows; what two sides round apart would add up.
 #
 # Of what queries use, forward in time: a program owns a piece, a head and a block of K, and carries those rows of the state from the
 # checkpoint hc at its start; qdq: q . dq [parts, B, T, H], for the decay.
@@ -612,6 +614,7 @@ def mamba2_dq_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
+        b_dod = b_do * b_er
         # [BT, BT]
         b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
         m_pair = o_i[:, None] >= o_i[None, :]
@@ -624,20 +627,19 @@ def mamba2_dq_kernel(
         b_dA = (b_dA * b_D).to(DOT)
         # [BT, BK]
         b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
-        b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
-        b_dquery = plus(b_dquery, b_dfq * b_er)
+        b_dfq = tl.dot(b_dod.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
+        b_dquery = plus(b_dquery, b_dfq)
         if NEED_DECAY:
             # [BT]
-            b_x = tl.sum(b_query.to(tl.float32) * b_dquery, 1)
+            b_x = tl.sum(b_query.to(DOT).to(tl.float32) * b_dquery, 1)
             tl.store(qdq + i_k.to(tl.int64) * qdq_sp + o_row, b_x, mask=m_t)
         if dq is not None:
             b_dq_ = b_dquery
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
-        # the decay stands on the side of which a program has a block
-        b_kd = b_key * (b_ek * b_vf)[:, None]
+        b_vd = b_value * (b_ek * b_vf)[:, None]
         b_h *= b_en
-        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
+        b_h = tl.dot(tl.trans(b_key.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
 
 
 # Of what keys use, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
@@ -799,6 +801,7 @@ def mamba2_dk_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
+        b_dod = b_do * b_er
         # [BT, BT]
         b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
         m_pair = o_i[None, :] >= o_i[:, None]
@@ -812,19 +815,19 @@ def mamba2_dk_kernel(
         b_dA = (b_dA * b_D).to(DOT)
         # [BT, BK]
         b_dkey = tl.dot(b_dA, b_query.to(DOT), input_precision=PRECISION)
-        b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
-        b_dkey = plus(b_dkey, b_dfk * (b_ek * b_vf)[:, None])
+        b_vd = b_value * (b_ek * b_vf)[:, None]
+        b_dfk = tl.dot(b_vd.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
+        b_dkey = plus(b_dkey, b_dfk)
         if NEED_DECAY:
             # [BT]
-            b_x = tl.sum(b_key.to(tl.float32) * b_dkey, 1)
+            b_x = tl.sum(b_key.to(DOT).to(tl.float32) * b_dkey, 1)
             tl.store(kdk + i_k.to(tl.int64) * kdk_sp + o_row, b_x, mask=m_t)
         if dk is not None:
             b_dk_ = b_dkey
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-        b_qd = b_query * b_er
         b_dh *= b_en
-        b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_do.to(DOT), b_dh, input_precision=PRECISION)
+        b_dh = tl.dot(tl.trans(b_query.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
         if NEED_DECAY:
             if (i_t % LC == 0) | (i_t <= i_start):
                 i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h

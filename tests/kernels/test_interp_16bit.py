@@ -52,8 +52,8 @@ def test_bf16_with_the_schedules_own_chunks(spec, monkeypatch):
 
 
 def test_a_decays_gradient_that_is_summed_over_tokens(monkeypatch):
-    """Over several checkpoints, whose sums by token err in one direction each: measured over many heads and draws,
-    since the sum of one head may cancel.
+    """Over several checkpoints, whose sums by token err in one direction each, twice as far if kernels round apart what
+    they add and take away: measured over many heads and draws, since the sum of one head may cancel.
     """
     bf16_interpreter.repair(monkeypatch)
     op, wrong, whole = flagen.compile("mamba2", backend="triton"), 0.0, 0.0
@@ -68,4 +68,4 @@ def test_a_decays_gradient_that_is_summed_over_tokens(monkeypatch):
         got, want = (one.d_inputs[place] for one in (case.run(), case.reference(64)))
         wrong += float((got.double() - want).square().sum())
         whole += float(want.square().sum())
-    assert (wrong / whole) ** 0.5 < 0.75 * TOLERANCES[torch.bfloat16]["gate"]
+    assert (wrong / whole) ** 0.5 < 0.4 * TOLERANCES[torch.bfloat16]["gate"]
