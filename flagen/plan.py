@@ -96,7 +96,7 @@ class Plan(ErasePlan):
     def intra(self) -> bool:
         """Whether all that a chunk needs no state for has kernels of its own, which are parallel over chunks: with a
         decay per key channel it costs more than all the rest."""
-        return self.decay == "key" and not self.complex and not self.erase
+        return self.decay == "key" and not self.erase
 
     @property
     def sweeps(self) -> bool:
@@ -207,7 +207,7 @@ class Plan(ErasePlan):
         return self._role("value")
 
     # what sweeps multiply weights by instead of blocks, and what kernels have prepared for them
-    swept = property(plan_rows.swept)
+    swept, turned = property(plan_rows.swept), property(plan_rows.turned)
     prepared, before = property(plan_rows.prepared), property(plan_rows.before)
     value_rows, written = property(plan_rows.value_rows), property(plan_rows.written)
     summed, telescopes = property(plan_rows.summed), property(plan_rows.telescopes)
@@ -364,7 +364,7 @@ class Plan(ErasePlan):
     @cached_property
     def intra_tensors(self) -> tuple[TensorArg, ...]:
         """What the weights of the pairs inside a chunk need."""
-        return self.tensors_of("query", "key", "log_decay", "bonus", "erase", "erase_a", "erase_b")
+        return self.tensors_of("query", "key", "log_decay", "phase", "bonus", "erase", "erase_a", "erase_b")
 
     @property
     def state_names(self) -> tuple[str, ...]:

@@ -116,7 +116,7 @@ def _by_key_forward(plan: Plan) -> tuple[Kernel, ...]:
 def _by_key_backward(plan: Plan) -> tuple[Kernel, ...]:
     state = _state(plan)
     values = tuple(x.name for x in plan.value_tensors if not x.is_constant)
-    keyed = plan.gradients_of("query", "key", "log_decay", "bonus")
+    keyed = plan.gradients_of("query", "key", "log_decay", "phase", "bonus")
     return (
         Kernel(name=f"{plan.name}_dq_kernel", direction="forward", reads=("kd", "gn", *values, "do", *state),
                writes=("dqd",), when="a gradient of what query or decay use is asked for"),

@@ -161,6 +161,7 @@ OWN_BLOCKS = frozenset(
     with2 zq zt a b e hw dhw M B C E dB dC dD dar dbd dkd ea xa xw or ol late early corner rq ra rb rk fa fb za zb
     zkey ce vf rn
     da db derase derase_a derase_b
+    qdi kdi tn aq ak ce se zri zli dqdr dqdi dkdr dkdi ally
     """.split()  # noqa: SIM905
 )
 

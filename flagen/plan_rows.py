@@ -35,6 +35,11 @@ def swept(plan: Plan) -> bool:
     return plan.sweeps and not plan.vector and not plan.erase
 
 
+def turned(plan: Plan) -> bool:
+    """Whether what is prepared for chunks is complex: rows of queries and keys in two halves."""
+    return plan.intra and plan.complex
+
+
 def split_value(plan: Plan) -> tuple[Expr | None, Expr]:
     """The value as its factor of rows, or None, and the rest; whole where there are no sweeps."""
     expr = plan.analysis.role("value")

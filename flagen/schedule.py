@@ -166,17 +166,23 @@ def schedule(
     elif not plan.serial_tree and BF <= 128:
         # half a state, and two programs at once on a multiprocessor
         half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
-        fwd = tile(BT, half, BF * half * parts, 2 if low and min(BF, block(shape.V, triton)) >= PIPELINED else 1)
+        stages = 2 if low and min(BF, block(shape.V, triton)) >= PIPELINED else 1
+        if plan.turned:
+            half, stages = max(half, min(BV, 64)), 1
+        fwd = tile(BT, half, BF * half * parts, stages)
         bwd = fwd if plan.sweeps or plan.intra else bwd
     # narrower blocks, also of fewer key channels, gave wrong gradients and bad addresses with Triton 3.6 on Hopper
     intra, bwd_intra = Tile(BT, 64, 4, 1), Tile(BT, 64, 4, 1)
+    if plan.turned:
+        # four warps hold the rows of a chunk of 32 twice
+        intra = Tile(BT, 32, 2, 1)
     if plan.erase:
         # not pipelined, so that two programs fit a multiprocessor; blocks of 32 value channels are not believed
         size = max(64, BV if BF > 128 else value_block(BV, BF, STATE_ELEMENTS // 2))
         fwd = bwd = tile(BT, size, BF * size, 1)
         intra, bwd_intra = Tile(BT, 64, 4 if BK <= 128 else 8, 1), Tile(BT, min(64, 8192 // BK), 8, 1)
     whole = block(shape.V, triton)
-    rows = sweep_tile(BT, BK, whole, low)
+    rows = turned_tile(BT, BK, whole) if plan.turned else sweep_tile(BT, BK, whole, low)
     fwd_L = piece(shape, programs * -(-shape.V // fwd.BV), device, LC)
     bwd_L = piece(shape, programs * -(-shape.V // bwd.BV), device, LC)
     # these pieces begin at checkpoints and cost next to nothing: enough of them to fill the device evenly
@@ -218,7 +224,7 @@ def block(size: int, triton: Any) -> int:
 
 def chunk(plan: Plan, BF: int, low: bool) -> int:
     """Tokens per chunk: as many as the tiles [BT, BF] leave registers for."""
-    widest = 64 if low and not plan.serial_tree else 32
+    widest = 64 if low and not plan.serial_tree and not plan.turned else 32
     return max(16, min(widest, STATE_ELEMENTS // BF))
 
 
@@ -242,6 +248,12 @@ def sweep_tile(BT: int, widest: int, others: int, low: bool) -> Tile:
     elements = STATE_ELEMENTS // 2 if others <= 128 else STATE_ELEMENTS
     size = value_block(widest, others, elements)
     return tile(BT, size, size * others, 2 if low and min(size, others) >= PIPELINED and others <= 128 else 1)
+
+
+def turned_tile(BT: int, widest: int, others: int) -> Tile:
+    """The same for complex states, of which a program has half in blocks of 64 or a quarter; not pipelined."""
+    size = max(value_block(widest, 2 * others, STATE_ELEMENTS // 2), min(widest, 64, STATE_ELEMENTS // (2 * others)))
+    return tile(BT, size, 2 * size * others, 1)
 
 
 def feature_tile(BF: int, widest: int, chunk_size: int | None, low: bool) -> Tile:

@@ -7,6 +7,8 @@ import triton.language as tl
 
 # natural log of a step's decay below which the decay is exactly 0 in fp32
 DECAY_FLOOR = tl.constexpr(-128.0)
+# natural log of the most that a decay inside a chunk may be divided by: its reciprocal is far from the largest number
+SPAN = tl.constexpr(60.0)
 TWO_PI = tl.constexpr(6.283185307179586)
 RCP_TWO_PI = tl.constexpr(0.15915494309189535)
 
@@ -44,6 +46,22 @@ def plus(b_x, b_y):
     """b_x + b_y for two products, in a form that the compiler does not turn into one product on top of the other: it would
     give the first one a layout in which eight warps hold 64 rows twice."""
     return b_x - (-b_y)
+
+
+@triton.jit
+def turn(b_x):
+    """Cosines and sines of angles of no more than some hundred, to fp32's accuracy: tl.cos and tl.sin hold registers for larger ones."""
+    b_q = tl.floor(b_x * (4.0 * RCP_TWO_PI) + 0.5)
+    # a quarter turn in three parts, of which the first two have few bits
+    b_r = ((b_x - b_q * 1.5703125) - b_q * 4.8351287841796875e-4) - b_q * 3.139164785892490e-7
+    b_w = b_r * b_r
+    b_s = b_r + b_r * b_w * (-1.0 / 6 + b_w * (1.0 / 120 + b_w * (-1.0 / 5040 + b_w * (1.0 / 362880))))
+    b_c = 1.0 + b_w * (-0.5 + b_w * (1.0 / 24 + b_w * (-1.0 / 720 + b_w * (1.0 / 40320))))
+    i_q = b_q.to(tl.int32)
+    m_odd = (i_q & 1) == 1
+    b_cos = tl.where(m_odd, b_s, b_c)
+    b_sin = tl.where(m_odd, b_c, b_s)
+    return tl.where(((i_q + 1) & 2) == 2, -b_cos, b_cos), tl.where((i_q & 2) == 2, -b_sin, b_sin)
 
 
 @triton.jit
@@ -183,23 +201,292 @@ def tree_apply_complex(
     return b_orc, b_ors, b_olc, b_ols, b_x, b_xl, b_y, b_yl
 
 
-# A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
-#   S_t = diag(exp(g_t + i theta_t)) S_{t-1} + k_t v_t^T,  o_t = Re(scale * q_t^T S_t)
-# With o=None it only carries the state: the first of two passes over a sequence that is cut into pieces.
-# N, H, K, V, F: sequences, heads, key and value channels, rows of the state. L, LC: tokens per piece and per checkpoint.
-@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
-def gateloop_fwd_kernel(
+# What a chunk needs no state for, so that the serial kernels are left with little to do: queries times the decay from the chunk's start
+# to them and scale, qd; keys times that from them to its end, kd [B, T, H, K]; its whole log decay gn [chunks, H, K]; and the weights of its
+# pairs A [B, T, H, BT]. A program owns a chunk and a head, and takes key channels in blocks of BK.
+# Rows are turned by the angles that come with these decays: qd and kd [B, T, H, 2, K] have two halves, which meet the real and the imaginary part of
+# a state, and gn [chunks, H, 2, K] is the whole log decay and the whole angle.
+# The decay of a pair is the quotient of those since the chunk's start: rows that a decay beyond -SPAN leads to are marked in far [B, T, H], and so are
+# all rows where operands are wider than bf16.
+@triton.jit(do_not_specialize=["T", "N", "NP"])
+def gateloop_prepare_kernel(
+    q,
+    k,
+    g,
+    theta,
+    qd,
+    kd,
+    gn,
+    A,
+    far,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
+    g_sb,
+    g_st,
+    g_sh,
+    theta_sb,
+    theta_st,
+    theta_sh,
+    N,
+    T,
+    H,
+    NP,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
+    G_g: tl.constexpr,
+    G_theta: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+):
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    i_p = tl.program_id(0) // H
+    i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, BT, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    i_ph = i_p.to(tl.int64) * H + i_h
+    o_i = tl.arange(0, BT)
+    i_c = i_start // BT
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
+    g += i_b * g_sb
+    g += (i_h // G_g) * g_sh
+    theta += i_b * theta_sb
+    theta += (i_h // G_theta) * theta_sh
+    m_below = o_i[None, :] < o_i[:, None]
+    # [BT, BT]
+    b_A = tl.zeros([BT, BT], dtype=tl.float32)
+    # [BT]
+    b_d = tl.zeros([BT], dtype=tl.float32)
+    b_c = tl.zeros([BT], dtype=tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        m_tk = m_t[:, None] & m_k[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = g + o_t[:, None] * g_st + o_k[None, :]
+        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BK]
+        p_x = theta + o_t[:, None] * theta_st + o_k[None, :]
+        b_theta = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        b_key = b_k
+        b_query = b_q
+        # [BT, BK]
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        b_gn = tl.sum(b_ld, 0)
+        if DOT == tl.bfloat16:
+            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+            b_cq = sum_steps(m_below, b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+            b_ck = b_cq + b_ld
+            b_cq = b_ck
+            b_ek = tl.exp(b_gn[None, :] - b_ck)
+        else:
+            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
+            b_ck = b_cq
+            b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+        b_eq = tl.exp(b_cq)
+        # [BT, BK]
+        b_turn = tl.where(m_tk, b_theta, 0.0)
+        b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
+        b_tn = tl.sum(b_turn, 0)
+        b_tn -= TWO_PI * tl.floor(b_tn * RCP_TWO_PI + 0.5)
+        b_aq = sum_steps(m_below, b_turn, 3, DOT, SUM_PRECISION)
+        b_cl, b_sl = turn(b_aq + b_turn)
+        b_cr = b_cl
+        b_sr = b_sl
+        b_cn, b_sn = turn(b_tn)
+        b_ce = b_cl * b_cn[None, :] + b_sl * b_sn[None, :]
+        b_se = b_cl * b_sn[None, :] - b_sl * b_cn[None, :]
+        b_zr = b_query * (b_eq * scale)
+        b_qd = (b_zr * b_cr).to(DOT)
+        b_qdi = (b_zr * -b_sr).to(DOT)
+        b_zl = b_key * b_ek
+        b_kd = b_zl * b_ce
+        b_kdi = b_zl * b_se
+        p_d = qd + (o_row[:, None] * (2 * K) + o_k[None, :])
+        tl.store(p_d, b_qd.to(qd.dtype.element_ty), mask=m_tk)
+        tl.store(p_d + K, b_qdi.to(qd.dtype.element_ty), mask=m_tk)
+        p_d = kd + (o_row[:, None] * (2 * K) + o_k[None, :])
+        tl.store(p_d, b_kd.to(kd.dtype.element_ty), mask=m_tk)
+        tl.store(p_d + K, b_kdi.to(kd.dtype.element_ty), mask=m_tk)
+        tl.store(gn + i_ph * (2 * K) + o_k, b_gn, mask=m_k)
+        tl.store(gn + i_ph * (2 * K) + K + o_k, b_tn, mask=m_k)
+        if DOT == tl.bfloat16:
+            b_c = tl.minimum(b_c, tl.min(b_cq, 1), propagate_nan=tl.PropagateNan.ALL)
+            b_zl = b_key * tl.exp(tl.minimum(-b_ck, SPAN))
+            b_A = tl.dot(b_qd, tl.trans((b_zl * b_cl).to(DOT)), b_A, input_precision=PRECISION)
+            b_A = tl.dot(b_qdi, tl.trans((b_zl * -b_sl).to(DOT)), b_A, input_precision=PRECISION)
+            b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
+    if DOT == tl.bfloat16:
+        b_A = tl.where(o_i[:, None] > o_i[None, :], b_A, 0.0)
+        b_A = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_A)
+        tl.store(A + o_row[:, None] * BT + o_i[None, :], b_A.to(A.dtype.element_ty), mask=m_t[:, None])
+        m_near = b_c > -SPAN
+    else:
+        m_near = b_c < 0
+    tl.store(far + o_row, tl.where(m_near, 0, 1).to(tl.int8), mask=m_t)
+
+
+# The weights of the pairs of the rows that are marked in far, by a product tree, which is exact at any decay.
+@triton.jit(do_not_specialize=["T", "N", "NP"])
+def gateloop_pairs_kernel(
+    q,
+    k,
+    g,
+    theta,
+    A,
+    far,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
+    g_sb,
+    g_st,
+    g_sh,
+    theta_sb,
+    theta_st,
+    theta_sh,
+    N,
+    T,
+    H,
+    NP,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
+    G_g: tl.constexpr,
+    G_theta: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+):
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    i_p = tl.program_id(0) // H
+    i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, BT, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    o_i = tl.arange(0, BT)
+    i_c = i_start // BT
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    # [BT]
+    m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
+    if DOT == tl.bfloat16:
+        if tl.max(m_far.to(tl.int32), 0) == 0:
+            return
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
+    g += i_b * g_sb
+    g += (i_h // G_g) * g_sh
+    theta += i_b * theta_sb
+    theta += (i_h // G_theta) * theta_sh
+    m_below = o_i[None, :] < o_i[:, None]
+    b_A = tl.zeros([BT, BT], dtype=tl.float32)
+    b_d = tl.zeros([BT], dtype=tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        m_tk = m_t[:, None] & m_k[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = g + o_t[:, None] * g_st + o_k[None, :]
+        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BK]
+        p_x = theta + o_t[:, None] * theta_st + o_k[None, :]
+        b_theta = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        b_key = b_k
+        b_query = b_q
+        # [BT, BK]
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        # [BT, BK]
+        b_turn = tl.where(m_tk, b_theta, 0.0)
+        b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
+        b_tn = tl.sum(b_turn, 0)
+        b_tn -= TWO_PI * tl.floor(b_tn * RCP_TWO_PI + 0.5)
+        b_aq = sum_steps(m_below, b_turn, 3, DOT, SUM_PRECISION)
+        b_cl, b_sl = turn(b_aq + b_turn)
+        b_cr = b_cl
+        b_sr = b_sl
+        b_zr = b_query * scale
+        b_A += tree_scores(b_zr * b_cr, b_key * b_cl, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_A += tree_scores(b_zr * b_sr, b_key * b_sl, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
+    b_A = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_A)
+    tl.store(A + o_row[:, None] * BT + o_i[None, :], b_A.to(A.dtype.element_ty), mask=m_far[:, None])
+
+
+# The gradients of what queries, keys and decays use, from those of qd and kd, dqd and dkd, which the serial kernels have made: adds what
+# pairs inside the chunks give. A program owns a head, a block of K and the LC tokens of a checkpoint, where hdh is the product of state and adjoint:
+# what passes step r on the way of the decay is what passed the checkpoint, less what was read, plus what was written since. Gradients are
+# contiguous, and fp32 where programs hold parts of them; <x>_sp is the stride between those parts. TREE: only where a row is marked in far, else
+# only where none is.
+@triton.jit(do_not_specialize=["T", "N", "NP", "NC"])
+def gateloop_bwd_intra_kernel(
     q,
     k,
     v,
     g,
     theta,
-    o,
-    h0,
-    ht,
-    hc,
-    gt,
-    at,
+    do,
+    dqd,
+    dkd,
+    hdh,
+    far,
+    dq,
+    dq_sp,
+    dk,
+    dk_sp,
+    dg,
+    dg_sp,
+    dtheta,
+    dtheta_sp,
     cu_seqlens,
     scale,
     q_sb,
@@ -217,10 +504,12 @@ def gateloop_fwd_kernel(
     theta_sb,
     theta_st,
     theta_sh,
+    do_sb,
+    do_st,
+    do_sh,
     N,
     T,
     H,
-    L,
     NP,
     NC,
     G_q: tl.constexpr,
@@ -230,29 +519,40 @@ def gateloop_fwd_kernel(
     G_theta: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    F: tl.constexpr,
     LC: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    BF: tl.constexpr,
     LEVELS: tl.constexpr,
-    PIECES: tl.constexpr,
     PARTS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM_PRECISION: tl.constexpr,
+    TREE: tl.constexpr,
+    NEED_BONUS: tl.constexpr,
 ):
-    NV: tl.constexpr = (V + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
-    i_p = tl.program_id(0) // NV // H
-    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    NK: tl.constexpr = (K + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    i_h = (tl.program_id(0) // NK % H).to(tl.int64)
+    i_p = tl.program_id(0) // NK // H
+    i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, LC, NP)
     i_n = i_n.to(tl.int64)
     i_b = i_n if cu_seqlens is None else i_n * 0
-    # row of the piece, and of the sequence, in tensors with a head axis
-    i_ph = i_p.to(tl.int64) * H + i_h
-    i_nh = i_n * H + i_h
+    o_i = tl.arange(0, BT)
+    if DOT == tl.bfloat16:
+        o_f = i_start + tl.arange(0, LC)
+        o_f = (i_b * T + o_f) * H + i_h
+        b_mark = tl.load(far + o_f, mask=i_start + tl.arange(0, LC) < i_end, other=0)
+        n_far = tl.max(b_mark.to(tl.int32), 0)
+        if TREE:
+            if n_far == 0:
+                return
+        else:
+            if n_far > 0:
+                return
+    m_below = o_i[None, :] < o_i[:, None]
+    o_k = i_k * BK + tl.arange(0, BK)
+    m_k = o_k < K
     q += i_b * q_sb
     q += (i_h // G_q) * q_sh
     k += i_b * k_sb
@@ -264,6 +564,207 @@ def gateloop_fwd_kernel(
     theta += i_b * theta_sb
     theta += (i_h // G_theta) * theta_sh
 
+
+    # [BK]
+    b_all = tl.zeros([BK], dtype=tl.float32)
+    b_ally = tl.zeros([BK], dtype=tl.float32)
+    if hdh is not None:
+        i_s = (i_start // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+        b_all = tl.load(hdh + i_s * (2 * K) + o_k, mask=m_k, other=0.0)
+        b_ally = tl.load(hdh + i_s * (2 * K) + K + o_k, mask=m_k, other=0.0)
+    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        # [BT, BT]
+        b_dA = tl.zeros([BT, BT], dtype=tl.float32)
+        for i_v in range(tl.cdiv(V, BV)):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = o_v < V
+            m_tv = m_t[:, None] & m_v[None, :]
+            # [BT, BV]
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0)
+            b_value = b_v
+            p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+            b_do = tl.load(p_do, mask=m_tv, other=0.0)
+            b_dA += tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+        # [BT]
+        b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1) * scale
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = g + o_t[:, None] * g_st + o_k[None, :]
+        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BK]
+        p_x = theta + o_t[:, None] * theta_st + o_k[None, :]
+        b_theta = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        b_key = b_k
+        b_query = b_q
+        # [BT, BK]
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        b_gn = tl.sum(b_ld, 0)
+        if DOT == tl.bfloat16:
+            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+            b_cq = sum_steps(m_below, b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+            b_ck = b_cq + b_ld
+            b_cq = b_ck
+            b_ek = tl.exp(b_gn[None, :] - b_ck)
+        else:
+            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
+            b_ck = b_cq
+            b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+        b_eq = tl.exp(b_cq)
+        # [BT, BK]
+        b_turn = tl.where(m_tk, b_theta, 0.0)
+        b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
+        b_tn = tl.sum(b_turn, 0)
+        b_tn -= TWO_PI * tl.floor(b_tn * RCP_TWO_PI + 0.5)
+        b_aq = sum_steps(m_below, b_turn, 3, DOT, SUM_PRECISION)
+        b_cl, b_sl = turn(b_aq + b_turn)
+        b_cr = b_cl
+        b_sr = b_sl
+        # [BT, BK]: the sums over pairs by products of query and key with the decays since the chunk's start
+        b_dpair = tl.where(m_below, b_dA, 0.0).to(DOT)
+        b_el = tl.exp(tl.minimum(-b_ck, SPAN))
+        b_zr = b_query * (b_eq * scale)
+        b_zri = (b_zr * b_sr).to(DOT)
+        b_zr = (b_zr * b_cr).to(DOT)
+        b_zl = b_key * b_el
+        b_zli = (b_zl * b_sl).to(DOT)
+        b_zl = (b_zl * b_cl).to(DOT)
+        b_dqc = tl.dot(b_dpair, b_zl, input_precision=PRECISION)
+        b_dqs = tl.dot(b_dpair, b_zli, input_precision=PRECISION)
+        # both sides of a pair give the same rounded products, so that pairs on one side of a token cancel
+        b_x = b_dqc * b_zr.to(tl.float32) + b_dqs * b_zri.to(tl.float32)
+        b_y = b_dqs * b_zr.to(tl.float32) - b_dqc * b_zri.to(tl.float32)
+        b_dquery = (b_dqc * b_cr + b_dqs * b_sr) * b_eq
+        if TREE:
+            m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
+            b_qc = b_query * b_cr * scale
+            b_qs = b_query * b_sr * scale
+            b_dqc, b_dqs, b_dkc, b_dks, b_x, b_xl, b_y, b_yl = tree_apply_complex(
+                b_dA, b_qc, b_qs, b_key * b_cl, b_key * b_sl, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
+            )
+            b_dquery = tl.where(m_far[:, None], b_dqc * b_cr + b_dqs * b_sr, b_dquery)
+            b_dkey = b_dkc * b_cl + b_dks * b_sl
+            b_x += b_xl
+            b_y -= b_yl
+        o_d = o_row[:, None] * (2 * K) + o_k[None, :]
+        if dqd is not None:
+            b_dqdr = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_eq
+            b_dqdi = tl.load(dqd + K + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_eq
+            b_dqd = b_dqdr * b_cr - b_dqdi * b_sr
+            b_y -= (b_dqdr * b_sr + b_dqdi * b_cr) * b_query * scale
+            b_dquery += b_dqd
+            b_x += b_dqd * b_query * scale
+        b_dquery = b_dquery * scale + b_ds[:, None] * b_key
+        if dq is not None:
+            b_dq_ = b_dquery
+            p_d = dq + (o_row[:, None] * K + o_k[None, :])
+            tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+        if not TREE:
+            b_dkc = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
+            b_dks = tl.dot(tl.trans(b_dpair), b_zri, input_precision=PRECISION)
+            b_xl = b_dkc * b_zl.to(tl.float32) + b_dks * b_zli.to(tl.float32)
+            b_yl = b_dks * b_zl.to(tl.float32) - b_dkc * b_zli.to(tl.float32)
+            b_dkey = (b_dkc * b_cl + b_dks * b_sl) * b_el
+        if dkd is not None:
+            b_cn, b_sn = turn(b_tn)
+            b_ce = b_cl * b_cn[None, :] + b_sl * b_sn[None, :]
+            b_se = b_cl * b_sn[None, :] - b_sl * b_cn[None, :]
+            b_dkdr = tl.load(dkd + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_ek
+            b_dkdi = tl.load(dkd + K + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_ek
+            b_dkd = b_dkdr * b_ce + b_dkdi * b_se
+            b_yl += (b_dkdr * b_se - b_dkdi * b_ce) * b_key
+            b_dkey += b_dkd
+            b_xl += b_dkd * b_key
+        b_dkey += b_ds[:, None] * b_query
+        if dk is not None:
+            b_dk_ = b_dkey
+            p_d = dk + (o_row[:, None] * K + o_k[None, :])
+            tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
+        if hdh is not None:
+            # less what the rows read, and with what they wrote
+            b_dlog_decay = b_all[None, :] - sum_steps(m_below, b_x - b_xl, 2, DOT, SUM_PRECISION)
+            b_all -= tl.sum(b_x - b_xl, 0)
+            b_dphase = b_ally[None, :] - sum_steps(m_below, b_y + b_yl, 2, DOT, SUM_PRECISION)
+            # a step that forgets everything has no angle
+            b_dphase = tl.where(b_ld > DECAY_FLOOR, b_dphase, 0.0)
+            b_ally -= tl.sum(b_y + b_yl, 0)
+        if dg is not None:
+            b_dg_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
+            p_d = dg + (o_row[:, None] * K + o_k[None, :])
+            tl.store(p_d, b_dg_.to(dg.dtype.element_ty), mask=m_tk)
+        if dtheta is not None:
+            b_dtheta_ = b_dphase
+            p_d = dtheta + (o_row[:, None] * K + o_k[None, :])
+            tl.store(p_d, b_dtheta_.to(dtheta.dtype.element_ty), mask=m_tk)
+
+
+# A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
+#   S_t = diag(exp(g_t + i theta_t)) S_{t-1} + k_t v_t^T,  o_t = Re(scale * q_t^T S_t)
+# With o=None it only carries the state: the first of two passes over a sequence that is cut into pieces.
+# N, H, K, V, F: sequences, heads, key and value channels, rows of the state. L, LC: tokens per piece and per checkpoint.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def gateloop_fwd_kernel(
+    v,
+    qd,
+    kd,
+    gn,
+    A,
+    o,
+    h0,
+    ht,
+    hc,
+    gt,
+    at,
+    cu_seqlens,
+    v_sb,
+    v_st,
+    v_sh,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_v: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    PIECES: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
+    i_p = tl.program_id(0) // NV // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    i_ph = i_p.to(tl.int64) * H + i_h
+    i_nh = i_n * H + i_h
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
+
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -272,11 +773,7 @@ def gateloop_fwd_kernel(
     o_f = o_k
     m_f = m_k
     m_fv = m_f[:, None] & m_v[None, :]
-    m_eye = o_i[:, None] == o_i[None, :]
-    m_read = o_i[None, :] <= o_i[:, None]
-    m_after = o_i[None, :] > o_i[:, None]
-
-    # [BF, BV]
+    # [BK, BV]
     b_h = tl.zeros([BF, BV], dtype=tl.float32)
     b_hi = tl.zeros([BF, BV], dtype=tl.float32)
     if h0 is not None:
@@ -284,7 +781,6 @@ def gateloop_fwd_kernel(
         p_h0 = h0 + i_s * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
         b_hi = tl.load(p_h0 + 1, mask=m_fv, other=0.0).to(tl.float32)
-
 
     b_gt = tl.zeros([BK], dtype=tl.float32)
     b_at = tl.zeros([BK], dtype=tl.float32)
@@ -307,74 +803,41 @@ def gateloop_fwd_kernel(
                 tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
                 tl.store(p_hc + 1, b_hi.to(hc.dtype.element_ty), mask=m_fv)
 
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0)
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
         b_v = tl.load(p_x, mask=m_tv, other=0.0)
-        # [BT, BK]
-        p_x = g + o_t[:, None] * g_st + o_k[None, :]
-        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
-        p_x = theta + o_t[:, None] * theta_st + o_k[None, :]
-        b_theta = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        b_key = b_k
         b_value = b_v
         # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_ek = tl.exp(sum_steps(m_after, b_ld, PARTS, DOT, SUM_PRECISION))
-        b_en = tl.exp(tl.sum(b_ld, 0))
-        # [BT, BK]
-        b_turn = tl.where(m_tk, b_theta, 0.0)
-        b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
-        b_angle = sum_steps(m_after, b_turn, 3, DOT, SUM_PRECISION)
-        b_angle -= TWO_PI * tl.floor(b_angle * RCP_TWO_PI + 0.5)
-        b_ck = tl.cos(b_angle)
-        b_sk = tl.sin(b_angle)
-        b_angle = tl.sum(b_turn, 0)
-        b_cn = tl.cos(b_angle)
-        b_sn = tl.sin(b_angle)
+        p_d = kd + (o_row[:, None] * (2 * K) + o_k[None, :])
+        b_kd = tl.load(p_d, mask=m_tk, other=0.0)
+        b_kdi = tl.load(p_d + K, mask=m_tk, other=0.0)
+        # [BK]
+        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_k, other=0.0)
+        b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_k, other=0.0)
+        b_cn, b_sn = turn(b_tn)
+        b_en = tl.exp(b_gn)
         if o is not None:
-            b_query = b_q
-            b_eq = tl.exp(sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION))
-            b_angle = sum_steps(m_read, b_turn, 3, DOT, SUM_PRECISION)
-            b_angle -= TWO_PI * tl.floor(b_angle * RCP_TWO_PI + 0.5)
-            b_cr = tl.cos(b_angle)
-            b_sr = tl.sin(b_angle)
-            b_cl = b_cr
-            b_sl = b_sr
-            b_fq = b_query
-            b_qd = b_fq * (b_eq * scale)
+            # [BT, BK]
+            p_d = qd + (o_row[:, None] * (2 * K) + o_k[None, :])
+            b_qd = tl.load(p_d, mask=m_tk, other=0.0)
+            b_qdi = tl.load(p_d + K, mask=m_tk, other=0.0)
             # [BT, BT]
-            b_qc = b_query * b_cr
-            b_qs = b_query * b_sr
-            b_kc = b_key * b_cl
-            b_ks = b_key * b_sl
-            b_A = tree_scores(b_qc * scale, b_kc, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-            b_A += tree_scores(b_qs * scale, b_ks, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-            b_d = tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
-            b_A = tl.where(m_eye, b_d[:, None], b_A)
+            b_A = tl.load(A + (o_row[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0.0)
             # [BT, BV]
-            b_o = tl.dot((b_qd * b_cr).to(DOT), b_h.to(DOT), input_precision=PRECISION)
-            b_o = plus(b_o, tl.dot((b_qd * -b_sr).to(DOT), b_hi.to(DOT), input_precision=PRECISION))
-            b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
+            b_o = tl.dot(b_qd, b_h.to(DOT), input_precision=PRECISION)
+            b_o = plus(b_o, tl.dot(b_qdi, b_hi.to(DOT), input_precision=PRECISION))
+            b_o = plus(b_o, tl.dot(b_A, b_value.to(DOT), input_precision=PRECISION))
             p_o = o + (o_row[:, None] * V + o_v[None, :])
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
-        b_fk = b_key
-        b_kd = b_fk * b_ek
-        b_vd = b_value
         b_hr = b_cn[:, None] * b_h - b_sn[:, None] * b_hi
         b_hi = b_sn[:, None] * b_h + b_cn[:, None] * b_hi
         b_hr = b_hr * b_en[:, None]
         b_hi = b_hi * b_en[:, None]
-        b_h = tl.dot(tl.trans((b_kd * b_ck).to(DOT)), b_vd.to(DOT), b_hr, input_precision=PRECISION)
-        b_hi = tl.dot(tl.trans((b_kd * b_sk).to(DOT)), b_vd.to(DOT), b_hi, input_precision=PRECISION)
-        b_gt += tl.sum(b_ld, 0)
-        b_at += tl.sum(b_turn, 0)
+        b_h = tl.dot(tl.trans(b_kd), b_value.to(DOT), b_hr, input_precision=PRECISION)
+        b_hi = tl.dot(tl.trans(b_kdi), b_value.to(DOT), b_hi, input_precision=PRECISION)
+        b_gt += b_gn
+        b_at += b_tn
         b_at -= TWO_PI * tl.floor(b_at * RCP_TWO_PI + 0.5)
 
     if ht is not None:
@@ -456,28 +919,23 @@ def gateloop_scan_kernel(
         b_hi = b_hi * b_en + b_owni
 
 
-# The adjoint of the state at the start of a piece, from zero at its end: the first of two passes over a sequence whose backward
-# is cut into pieces. A program owns a piece, a head and a block of V and goes backward in time.
-@triton.jit(do_not_specialize=["T", "N", "L", "NP"])
-def gateloop_bwd_state_kernel(
-    q,
-    g,
-    theta,
+# The three sweeps of a backward with a decay per key channel, each with half a state. What needs no state is prepared before (qd, kd, gn, A),
+# and added afterwards.
+#
+# The gradient dqd of qd, forward in time: a program owns a piece, a head and a block of K, and carries those rows of the state from the
+# checkpoint hc at its start.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def gateloop_dq_kernel(
+    v,
     do,
-    dh,
-    gt,
-    at,
+    hc,
+    kd,
+    gn,
+    dqd,
     cu_seqlens,
-    scale,
-    q_sb,
-    q_st,
-    q_sh,
-    g_sb,
-    g_st,
-    g_sh,
-    theta_sb,
-    theta_st,
-    theta_sh,
+    v_sb,
+    v_st,
+    v_sh,
     do_sb,
     do_st,
     do_sh,
@@ -486,49 +944,163 @@ def gateloop_bwd_state_kernel(
     H,
     L,
     NP,
-    G_q: tl.constexpr,
-    G_g: tl.constexpr,
-    G_theta: tl.constexpr,
+    NC,
+    G_v: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
+    LC: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BF: tl.constexpr,
-    PARTS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
 ):
-    NV: tl.constexpr = (V + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
-    i_p = tl.program_id(0) // NV // H
+    NK: tl.constexpr = (K + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    i_h = (tl.program_id(0) // NK % H).to(tl.int64)
+    i_p = tl.program_id(0) // NK // H
     i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
     i_n = i_n.to(tl.int64)
     i_b = i_n if cu_seqlens is None else i_n * 0
     # row of the piece, and of the sequence, in tensors with a head axis
-    i_ph = i_p.to(tl.int64) * H + i_h
-    q += i_b * q_sb
-    q += (i_h // G_q) * q_sh
-    g += i_b * g_sb
-    g += (i_h // G_g) * g_sh
-    theta += i_b * theta_sb
-    theta += (i_h // G_theta) * theta_sh
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
 
     o_i = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
-    o_v = i_v * BV + tl.arange(0, BV)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
     o_f = o_k
     m_f = m_k
     m_fv = m_f[:, None] & m_v[None, :]
-    m_read = o_i[None, :] <= o_i[:, None]
-    # [BF, BV]
+    i_t = i_start.to(tl.int64)
+    i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+    # [BK, BV]
+    p_hc = hc + i_s * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
+    b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
+    b_hi = tl.load(p_hc + 1, mask=m_fv, other=0.0).to(tl.float32)
+
+
+    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BV]
+        p_x = v + o_t[:, None] * v_st + o_v[None, :]
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
+        b_value = b_v
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        # [BT, BK]
+        p_d = kd + (o_row[:, None] * (2 * K) + o_k[None, :])
+        b_kd = tl.load(p_d, mask=m_tk, other=0.0)
+        b_kdi = tl.load(p_d + K, mask=m_tk, other=0.0)
+        # [BK]
+        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_k, other=0.0)
+        b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_k, other=0.0)
+        b_cn, b_sn = turn(b_tn)
+        b_en = tl.exp(b_gn)
+        # [BT, BK]
+        b_dqd = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
+        b_dqdi = tl.dot(b_do.to(DOT), tl.trans(b_hi.to(DOT)), input_precision=PRECISION)
+        p_d = dqd + (o_row[:, None] * (2 * K) + o_k[None, :])
+        tl.store(p_d, b_dqd.to(dqd.dtype.element_ty), mask=m_tk)
+        tl.store(p_d + K, b_dqdi.to(dqd.dtype.element_ty), mask=m_tk)
+        b_hr = b_cn[:, None] * b_h - b_sn[:, None] * b_hi
+        b_hi = b_sn[:, None] * b_h + b_cn[:, None] * b_hi
+        b_hr = b_hr * b_en[:, None]
+        b_hi = b_hi * b_en[:, None]
+        b_h = tl.dot(tl.trans(b_kd), b_value.to(DOT), b_hr, input_precision=PRECISION)
+        b_hi = tl.dot(tl.trans(b_kdi), b_value.to(DOT), b_hi, input_precision=PRECISION)
+
+
+# The gradient dkd of kd, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
+# dhp: adjoints at the ends of the pieces; hdh: the product of state and adjoint at each checkpoint. With dkd=None it only carries the adjoint: the
+# first of two passes over a sequence that is cut into pieces.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def gateloop_dk_kernel(
+    v,
+    do,
+    hc,
+    dht,
+    dhp,
+    dh0,
+    gt,
+    at,
+    qd,
+    gn,
+    dkd,
+    hdh,
+    cu_seqlens,
+    v_sb,
+    v_st,
+    v_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_v: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NK: tl.constexpr = (K + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    i_h = (tl.program_id(0) // NK % H).to(tl.int64)
+    i_p = tl.program_id(0) // NK // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    i_ph = i_p.to(tl.int64) * H + i_h
+    i_nh = i_n * H + i_h
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
+
+    o_i = tl.arange(0, BT)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    o_f = o_k
+    m_f = m_k
+    m_fv = m_f[:, None] & m_v[None, :]
+    # [BK, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     b_dhi = tl.zeros([BF, BV], dtype=tl.float32)
+    if dhp is not None:
+        p_dhp = dhp + i_ph * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
+        b_dh = tl.load(p_dhp, mask=m_fv, other=0.0).to(tl.float32)
+        b_dhi = tl.load(p_dhp + 1, mask=m_fv, other=0.0).to(tl.float32)
+    else:
+        if dht is not None:
+            p_dht = dht + i_nh * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
+            b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
+            b_dhi = tl.load(p_dht + 1, mask=m_fv, other=0.0).to(tl.float32)
 
     b_gt = tl.zeros([BK], dtype=tl.float32)
     b_at = tl.zeros([BK], dtype=tl.float32)
@@ -543,114 +1115,96 @@ def gateloop_bwd_state_kernel(
         i_t = i_t.to(tl.int64)
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = g + o_t[:, None] * g_st + o_k[None, :]
-        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
-        p_x = theta + o_t[:, None] * theta_st + o_k[None, :]
-        b_theta = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        b_query = b_q
-        # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_eq = tl.exp(sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION))
-        b_en = tl.exp(tl.sum(b_ld, 0))
-        # [BT, BK]
-        b_turn = tl.where(m_tk, b_theta, 0.0)
-        b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
-        b_angle = sum_steps(m_read, b_turn, 3, DOT, SUM_PRECISION)
-        b_angle -= TWO_PI * tl.floor(b_angle * RCP_TWO_PI + 0.5)
-        b_cr = tl.cos(b_angle)
-        b_sr = tl.sin(b_angle)
-        b_angle = tl.sum(b_turn, 0)
-        b_cn = tl.cos(b_angle)
-        b_sn = tl.sin(b_angle)
-        b_fq = b_query
-        b_qd = b_fq * (b_eq * scale)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
-
-        b_dod = b_do
+        # [BT, BK]
+        p_d = qd + (o_row[:, None] * (2 * K) + o_k[None, :])
+        b_qd = tl.load(p_d, mask=m_tk, other=0.0)
+        b_qdi = tl.load(p_d + K, mask=m_tk, other=0.0)
+        # [BK]
+        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_k, other=0.0)
+        b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_k, other=0.0)
+        b_cn, b_sn = turn(b_tn)
+        b_en = tl.exp(b_gn)
+        if dkd is not None:
+            # [BT, BV]
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0)
+            b_value = b_v
+            # [BT, BK]
+            b_dkd = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
+            b_dkdi = tl.dot(b_value.to(DOT), tl.trans(b_dhi.to(DOT)), input_precision=PRECISION)
+            p_d = dkd + (o_row[:, None] * (2 * K) + o_k[None, :])
+            tl.store(p_d, b_dkd.to(dkd.dtype.element_ty), mask=m_tk)
+            tl.store(p_d + K, b_dkdi.to(dkd.dtype.element_ty), mask=m_tk)
         b_dhr = b_cn[:, None] * b_dh + b_sn[:, None] * b_dhi
         b_dhi = b_cn[:, None] * b_dhi - b_sn[:, None] * b_dh
         b_dhr = b_dhr * b_en[:, None]
         b_dhi = b_dhi * b_en[:, None]
-        b_dh = tl.dot(tl.trans((b_qd * b_cr).to(DOT)), b_dod.to(DOT), b_dhr, input_precision=PRECISION)
-        b_dhi = tl.dot(tl.trans((b_qd * -b_sr).to(DOT)), b_dod.to(DOT), b_dhi, input_precision=PRECISION)
-        b_gt += tl.sum(b_ld, 0)
-        b_at += tl.sum(b_turn, 0)
+        b_dh = tl.dot(tl.trans(b_qd), b_do.to(DOT), b_dhr, input_precision=PRECISION)
+        b_dhi = tl.dot(tl.trans(b_qdi), b_do.to(DOT), b_dhi, input_precision=PRECISION)
+        b_gt += b_gn
+        b_at += b_tn
         b_at -= TWO_PI * tl.floor(b_at * RCP_TWO_PI + 0.5)
+        if hdh is not None:
+            if (i_t % LC == 0) | (i_t <= i_start):
+                i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+                p_hc = hc + i_s * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
+                b_ch = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
+                b_chi = tl.load(p_hc + 1, mask=m_fv, other=0.0).to(tl.float32)
+                # [BK]
+                b_all = tl.sum(b_ch * b_dh + b_chi * b_dhi, 1)
+                b_ally = tl.sum(b_ch * b_dhi - b_chi * b_dh, 1)
+                tl.store(hdh + i_s * (2 * K) + K + o_k, b_ally, mask=m_k)
+                tl.store(hdh + i_s * (2 * K) + o_k, b_all, mask=m_k)
 
-    p_dh = dh + i_ph * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
-    tl.store(p_dh, b_dh.to(dh.dtype.element_ty), mask=m_fv)
-    tl.store(p_dh + 1, b_dhi.to(dh.dtype.element_ty), mask=m_fv)
-    tl.store(gt + i_ph * K + o_k, b_gt, mask=m_k)
-    tl.store(at + i_ph * K + o_k, b_at, mask=m_k)
+    if dh0 is not None:
+        if dkd is None:
+            p_dh0 = dh0 + i_ph * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
+            tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
+            tl.store(p_dh0 + 1, b_dhi.to(dh0.dtype.element_ty), mask=m_fv)
+            tl.store(gt + i_ph * K + o_k, b_gt, mask=m_k)
+            tl.store(at + i_ph * K + o_k, b_at, mask=m_k)
+        else:
+            if is_first:
+                p_dh0 = dh0 + i_nh * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
+                tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
+                tl.store(p_dh0 + 1, b_dhi.to(dh0.dtype.element_ty), mask=m_fv)
 
 
-# All gradients, in one sweep backward in time. A program owns a piece, a head and a block of V; it carries the adjoint of the
-# state in registers. At each checkpoint, every LC tokens, it first runs the state forward through the chunks up to the next
-# one and keeps their first states in hs, then takes the chunks in reverse. dhp: adjoints at the ends of the pieces.
-# Gradients are contiguous and fp32 where blocks of V or programs hold parts of them; <x>_sp is the stride between those parts.
+# The gradients of what values use, backward in time: a program owns a piece, a head and a block of V, and carries those columns of the adjoint.
+# Gradients are contiguous, and fp32 where programs hold parts of them; <x>_sp is the stride between those parts.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
-def gateloop_bwd_kernel(
-    q,
-    k,
+def gateloop_dv_kernel(
     v,
-    g,
-    theta,
     do,
-    hc,
-    hs,
     dht,
-    dh0,
     dhp,
-    dq,
-    dk,
+    qd,
+    kd,
+    gn,
+    A,
     dv,
-    dg,
-    dtheta,
+    dv_sp,
     cu_seqlens,
-    scale,
-    q_sb,
-    q_st,
-    q_sh,
-    k_sb,
-    k_st,
-    k_sh,
     v_sb,
     v_st,
     v_sh,
-    g_sb,
-    g_st,
-    g_sh,
-    theta_sb,
-    theta_st,
-    theta_sh,
     do_sb,
     do_st,
     do_sh,
-    dq_sp,
-    dk_sp,
-    dv_sp,
-    dg_sp,
-    dtheta_sp,
     N,
     T,
     H,
     L,
     NP,
     NC,
-    G_q: tl.constexpr,
-    G_k: tl.constexpr,
     G_v: tl.constexpr,
-    G_g: tl.constexpr,
-    G_theta: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
@@ -659,17 +1213,8 @@ def gateloop_bwd_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BF: tl.constexpr,
-    LEVELS: tl.constexpr,
-    PARTS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
-    NEED_QUERY: tl.constexpr,
-    NEED_KEY: tl.constexpr,
-    NEED_VALUE: tl.constexpr,
-    NEED_DECAY: tl.constexpr,
-    NEED_PHASE: tl.constexpr,
-    NEED_BONUS: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -681,16 +1226,8 @@ def gateloop_bwd_kernel(
     # row of the piece, and of the sequence, in tensors with a head axis
     i_ph = i_p.to(tl.int64) * H + i_h
     i_nh = i_n * H + i_h
-    q += i_b * q_sb
-    q += (i_h // G_q) * q_sh
-    k += i_b * k_sb
-    k += (i_h // G_k) * k_sh
     v += i_b * v_sb
     v += (i_h // G_v) * v_sh
-    g += i_b * g_sb
-    g += (i_h // G_g) * g_sh
-    theta += i_b * theta_sb
-    theta += (i_h // G_theta) * theta_sh
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -700,11 +1237,7 @@ def gateloop_bwd_kernel(
     o_f = o_k
     m_f = m_k
     m_fv = m_f[:, None] & m_v[None, :]
-    m_eye = o_i[:, None] == o_i[None, :]
-    m_read = o_i[None, :] <= o_i[:, None]
-    m_after = o_i[None, :] > o_i[:, None]
-
-    # [BF, BV]
+    # [BK, BV]
     b_dh = tl.zeros([BF, BV], dtype=tl.float32)
     b_dhi = tl.zeros([BF, BV], dtype=tl.float32)
     if dhp is not None:
@@ -718,238 +1251,53 @@ def gateloop_bwd_kernel(
             b_dhi = tl.load(p_dht + 1, mask=m_fv, other=0.0).to(tl.float32)
 
 
-    NS: tl.constexpr = LC // BT
-    n_s = tl.where(i_end > i_start, (i_end - 1) // LC - i_start // LC + 1, 0)
-    for i_j in range(n_s):
-        i_s = (i_end - 1) // LC - i_j
-        # the chunks [i_c0, i_c1) of this checkpoint
-        i_c0 = tl.maximum(i_start, i_s * LC) // BT
-        i_c1 = tl.cdiv(tl.minimum(i_end, i_s * LC + LC), BT)
-        i_hc = (i_s + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-        i_hs = i_ph * NS - i_s * NS
-        if NS > 1:
-            p_hc = hc + i_hc * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
-            b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
-            b_hi = tl.load(p_hc + 1, mask=m_fv, other=0.0).to(tl.float32)
-            for i_c in range(i_c0, i_c1 - 1):
-                p_hs = hs + (i_hs + i_c) * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
-                tl.store(p_hs, b_h.to(hs.dtype.element_ty), mask=m_fv)
-                tl.store(p_hs + 1, b_hi.to(hs.dtype.element_ty), mask=m_fv)
-                i_t = i_c * BT
-                i_lo = tl.maximum(i_start - i_t, 0)
-                n_t = tl.minimum(i_end - i_t, BT) - i_lo
-                m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-                i_t = i_t.to(tl.int64)
-                # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-                o_t = i_t + o_i
-                o_row = (i_b * T + o_t) * H + i_h
-                m_tk = m_t[:, None] & m_k[None, :]
-                m_tv = m_t[:, None] & m_v[None, :]
-                # [BT, BK]
-                p_x = k + o_t[:, None] * k_st + o_k[None, :]
-                b_k = tl.load(p_x, mask=m_tk, other=0.0)
-                # [BT, BV]
-                p_x = v + o_t[:, None] * v_st + o_v[None, :]
-                b_v = tl.load(p_x, mask=m_tv, other=0.0)
-                # [BT, BK]
-                p_x = g + o_t[:, None] * g_st + o_k[None, :]
-                b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-                # [BT, BK]
-                p_x = theta + o_t[:, None] * theta_st + o_k[None, :]
-                b_theta = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-                b_key = b_k
-                b_value = b_v
-                # [BT, BK]
-                b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-                b_ek = tl.exp(sum_steps(m_after, b_ld, PARTS, DOT, SUM_PRECISION))
-                b_en = tl.exp(tl.sum(b_ld, 0))
-                # [BT, BK]
-                b_turn = tl.where(m_tk, b_theta, 0.0)
-                b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
-                b_angle = sum_steps(m_after, b_turn, 3, DOT, SUM_PRECISION)
-                b_angle -= TWO_PI * tl.floor(b_angle * RCP_TWO_PI + 0.5)
-                b_ck = tl.cos(b_angle)
-                b_sk = tl.sin(b_angle)
-                b_angle = tl.sum(b_turn, 0)
-                b_cn = tl.cos(b_angle)
-                b_sn = tl.sin(b_angle)
-                b_fk = b_key
-                b_kd = b_fk * b_ek
-                b_vd = b_value
-                b_hr = b_cn[:, None] * b_h - b_sn[:, None] * b_hi
-                b_hi = b_sn[:, None] * b_h + b_cn[:, None] * b_hi
-                b_hr = b_hr * b_en[:, None]
-                b_hi = b_hi * b_en[:, None]
-                b_h = tl.dot(tl.trans((b_kd * b_ck).to(DOT)), b_vd.to(DOT), b_hr, input_precision=PRECISION)
-                b_hi = tl.dot(tl.trans((b_kd * b_sk).to(DOT)), b_vd.to(DOT), b_hi, input_precision=PRECISION)
-            p_hs = hs + (i_hs + i_c1 - 1) * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
-            tl.store(p_hs, b_h.to(hs.dtype.element_ty), mask=m_fv)
-            tl.store(p_hs + 1, b_hi.to(hs.dtype.element_ty), mask=m_fv)
-            # other threads of this program read what these wrote
-            tl.debug_barrier()
-
-        for i in range(i_c1 - i_c0):
-            i_c = i_c1 - 1 - i
-            i_t = i_c * BT
-            i_lo = tl.maximum(i_start - i_t, 0)
-            n_t = tl.minimum(i_end - i_t, BT) - i_lo
-            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-            i_t = i_t.to(tl.int64)
-            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-            o_t = i_t + o_i
-            o_row = (i_b * T + o_t) * H + i_h
-            m_tk = m_t[:, None] & m_k[None, :]
-            m_tv = m_t[:, None] & m_v[None, :]
-            if NS > 1:
-                p_hs = hs + (i_hs + i_c) * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
-                b_ch = tl.load(p_hs, mask=m_fv, other=0.0)
-                b_chi = tl.load(p_hs + 1, mask=m_fv, other=0.0)
-            else:
-                p_hc = hc + i_hc * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
-                b_ch = tl.load(p_hc, mask=m_fv, other=0.0)
-                b_chi = tl.load(p_hc + 1, mask=m_fv, other=0.0)
-            # [BT, BK]
-            p_x = q + o_t[:, None] * q_st + o_k[None, :]
-            b_q = tl.load(p_x, mask=m_tk, other=0.0)
-            # [BT, BK]
-            p_x = k + o_t[:, None] * k_st + o_k[None, :]
-            b_k = tl.load(p_x, mask=m_tk, other=0.0)
-            # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0)
-            # [BT, BK]
-            p_x = g + o_t[:, None] * g_st + o_k[None, :]
-            b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-            # [BT, BK]
-            p_x = theta + o_t[:, None] * theta_st + o_k[None, :]
-            b_theta = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-            b_key = b_k
-            b_value = b_v
-            b_query = b_q
-            # [BT, BK]
-            b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-            b_eq = tl.exp(sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION))
-            b_ek = tl.exp(sum_steps(m_after, b_ld, PARTS, DOT, SUM_PRECISION))
-            b_en = tl.exp(tl.sum(b_ld, 0))
-            # [BT, BK]
-            b_turn = tl.where(m_tk, b_theta, 0.0)
-            b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
-            b_angle = sum_steps(m_read, b_turn, 3, DOT, SUM_PRECISION)
-            b_angle -= TWO_PI * tl.floor(b_angle * RCP_TWO_PI + 0.5)
-            b_cr = tl.cos(b_angle)
-            b_sr = tl.sin(b_angle)
-            b_cl = b_cr
-            b_sl = b_sr
-            b_angle = sum_steps(m_after, b_turn, 3, DOT, SUM_PRECISION)
-            b_angle -= TWO_PI * tl.floor(b_angle * RCP_TWO_PI + 0.5)
-            b_ck = tl.cos(b_angle)
-            b_sk = tl.sin(b_angle)
-            b_angle = tl.sum(b_turn, 0)
-            b_cn = tl.cos(b_angle)
-            b_sn = tl.sin(b_angle)
-            b_fk = b_key
-            b_kd = b_fk * b_ek
-            b_vd = b_value
-            b_fq = b_query
-            b_qd = b_fq * (b_eq * scale)
-            # [BT, BV]
-            p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-            b_do = tl.load(p_do, mask=m_tv, other=0.0)
-
-            b_dod = b_do
-
-            # [BT, BT]
-            b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-            b_dd = tl.sum(tl.where(m_eye, b_dA, 0.0), 1)
-            b_qc = b_query * b_cr
-            b_qs = b_query * b_sr
-            b_kc = b_key * b_cl
-            b_ks = b_key * b_sl
-            b_A = tree_scores(b_qc * scale, b_kc, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-            b_A += tree_scores(b_qs * scale, b_ks, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-            b_dqc, b_dqs, b_dkc, b_dks, b_x, b_xl, b_y, b_yl = tree_apply_complex(
-                b_dA, b_qc * scale, b_qs * scale, b_kc, b_ks, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
-            )
-            b_dquery = (b_dqc * b_cr + b_dqs * b_sr) * scale
-            b_dkey = b_dkc * b_cl + b_dks * b_sl
-            b_d = tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
-            b_A = tl.where(m_eye, b_d[:, None], b_A)
-            b_ds = b_dd * scale
-
-            if NEED_QUERY or NEED_DECAY or NEED_PHASE:
-                b_dqr = tl.dot(b_dod.to(DOT), tl.trans(b_ch.to(DOT)), input_precision=PRECISION)
-                b_dqi = tl.dot(b_dod.to(DOT), tl.trans(b_chi.to(DOT)), input_precision=PRECISION)
-                # [BT, BK]
-                b_dfq = b_dqr * b_cr - b_dqi * b_sr
-                b_yqi = -(b_dqr * b_sr + b_dqi * b_cr) * b_qd
-                b_xqi = b_qd * b_dfq
-                b_dfq *= b_eq * scale
-                b_dquery = plus(b_dquery, b_dfq)
-                b_dquery += b_ds[:, None] * b_key
-            if dq is not None:
-                b_dq_ = b_dquery
-                p_d = dq + i_v.to(tl.int64) * dq_sp + (o_row[:, None] * K + o_k[None, :])
-                tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
-
-            if NEED_KEY or NEED_DECAY or NEED_PHASE:
-                b_dkr = tl.dot(b_vd.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
-                b_dki = tl.dot(b_vd.to(DOT), tl.trans(b_dhi.to(DOT)), input_precision=PRECISION)
-                # [BT, BK]
-                b_dfk = b_dkr * b_ck + b_dki * b_sk
-                b_yki = (b_dki * b_ck - b_dkr * b_sk) * b_kd
-                b_xki = b_kd * b_dfk
-                b_dfk *= b_ek
-                b_dkey = plus(b_dkey, b_dfk)
-                b_dkey += b_ds[:, None] * b_query
-            if dk is not None:
-                b_dk_ = b_dkey
-                p_d = dk + i_v.to(tl.int64) * dk_sp + (o_row[:, None] * K + o_k[None, :])
-                tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-
-            if NEED_VALUE:
-                b_dvi = tl.dot((b_kd * b_ck).to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-                b_dvi = plus(b_dvi, tl.dot((b_kd * b_sk).to(DOT), b_dhi.to(DOT), input_precision=PRECISION))
-                b_dvalue = tl.dot(tl.trans(b_A.to(DOT)), b_do.to(DOT), input_precision=PRECISION)
-                b_dvalue = plus(b_dvalue, b_dvi)
-            if dv is not None:
-                b_dv_ = b_dvalue
-                p_d = dv + (o_row[:, None] * V + o_v[None, :])
-                tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
-
-            if NEED_DECAY:
-                b_all = tl.sum(b_ch * (b_dh * b_cn[:, None] + b_dhi * b_sn[:, None]) + b_chi * (b_dhi * b_cn[:, None] - b_dh * b_sn[:, None]), 1)
-                # [BT, BK]
-                b_dlog_decay = sum_steps(o_i[None, :] >= o_i[:, None], b_x + b_xqi, 2, DOT, SUM_PRECISION)
-                b_dlog_decay += sum_steps(o_i[None, :] < o_i[:, None], b_xki, 2, DOT, SUM_PRECISION)
-                b_dlog_decay += (b_all * b_en)[None, :]
-            if NEED_PHASE:
-                b_all = tl.sum((b_dhi * b_cn[:, None] - b_dh * b_sn[:, None]) * b_ch - (b_dh * b_cn[:, None] + b_dhi * b_sn[:, None]) * b_chi, 1) * b_en
-                # [BT, BK]
-                b_dphase = sum_steps(o_i[None, :] >= o_i[:, None], b_y + b_yqi, 2, DOT, SUM_PRECISION)
-                b_dphase += sum_steps(o_i[None, :] < o_i[:, None], b_yki, 2, DOT, SUM_PRECISION) + b_all[None, :]
-                # a step that forgets everything has no angle
-                b_dphase = tl.where(b_ld > DECAY_FLOOR, b_dphase, 0.0)
-            if dg is not None:
-                b_dg_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
-                p_d = dg + i_v.to(tl.int64) * dg_sp + (o_row[:, None] * K + o_k[None, :])
-                tl.store(p_d, b_dg_.to(dg.dtype.element_ty), mask=m_tk)
-            if dtheta is not None:
-                b_dtheta_ = b_dphase
-                p_d = dtheta + i_v.to(tl.int64) * dtheta_sp + (o_row[:, None] * K + o_k[None, :])
-                tl.store(p_d, b_dtheta_.to(dtheta.dtype.element_ty), mask=m_tk)
-            b_dhr = b_cn[:, None] * b_dh + b_sn[:, None] * b_dhi
-            b_dhi = b_cn[:, None] * b_dhi - b_sn[:, None] * b_dh
-            b_dhr = b_dhr * b_en[:, None]
-            b_dhi = b_dhi * b_en[:, None]
-            b_dh = tl.dot(tl.trans((b_qd * b_cr).to(DOT)), b_dod.to(DOT), b_dhr, input_precision=PRECISION)
-            b_dhi = tl.dot(tl.trans((b_qd * -b_sr).to(DOT)), b_dod.to(DOT), b_dhi, input_precision=PRECISION)
-
-
-    if dh0 is not None:
-        if is_first:
-            p_dh0 = dh0 + i_nh * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
-            tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
-            tl.store(p_dh0 + 1, b_dhi.to(dh0.dtype.element_ty), mask=m_fv)
+    n_c = tl.cdiv(i_end, BT) - i_start // BT
+    for i in range(n_c):
+        i_c = tl.cdiv(i_end, BT) - 1 - i
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BV]
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0)
+        # [BT, BK]
+        p_d = qd + (o_row[:, None] * (2 * K) + o_k[None, :])
+        b_qd = tl.load(p_d, mask=m_tk, other=0.0)
+        b_qdi = tl.load(p_d + K, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_d = kd + (o_row[:, None] * (2 * K) + o_k[None, :])
+        b_kd = tl.load(p_d, mask=m_tk, other=0.0)
+        b_kdi = tl.load(p_d + K, mask=m_tk, other=0.0)
+        # [BT, BT]
+        b_A = tl.load(A + (o_row[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0.0)
+        # [BK]
+        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_k, other=0.0)
+        b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_k, other=0.0)
+        b_cn, b_sn = turn(b_tn)
+        b_en = tl.exp(b_gn)
+        # [BT, BV]
+        b_dvalue = tl.dot(b_kd, b_dh.to(DOT), input_precision=PRECISION)
+        b_dvalue = plus(b_dvalue, tl.dot(b_kdi, b_dhi.to(DOT), input_precision=PRECISION))
+        b_dvalue = plus(b_dvalue, tl.dot(tl.trans(b_A), b_do.to(DOT), input_precision=PRECISION))
+        if dv is not None:
+            b_dv_ = b_dvalue
+            p_d = dv + (o_row[:, None] * V + o_v[None, :])
+            tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
+        b_dhr = b_cn[:, None] * b_dh + b_sn[:, None] * b_dhi
+        b_dhi = b_cn[:, None] * b_dhi - b_sn[:, None] * b_dh
+        b_dhr = b_dhr * b_en[:, None]
+        b_dhi = b_dhi * b_en[:, None]
+        b_dh = tl.dot(tl.trans(b_qd), b_do.to(DOT), b_dhr, input_precision=PRECISION)
+        b_dhi = tl.dot(tl.trans(b_qdi), b_do.to(DOT), b_dhi, input_precision=PRECISION)
 
 
 # One token: reads the state, writes it back in place. A program owns a sequence, a head and NB blocks of V.
@@ -1105,100 +1453,6 @@ def state(rows, H, F, V, like, dtype=torch.float32, make=torch.empty):
     return make(rows, H, F, V, 2, dtype=dtype, device=like.device)
 
 
-def fwd(q, k, v, g, theta, h0, cu_seqlens, scale, s, final=False, save=False):
-    """The output [B, T, H, V], the final state and what the backward wants; None for what is not asked for.
-
-    s: the schedule, a record of launch-time constants. h0: [N, H, F, V] fp32 and a last axis for real and imaginary part, or None.
-    """
-    B, T, H, K, V, F, N = sizes(q, k, v, g, theta, cu_seqlens)
-    like = v
-    NC = -(-T // s.LC)
-    # rows past the last sequence stay zero
-    o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
-    ht = state(N, H, F, V, like) if final else None
-    hc = state(N * NC if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
-    t = s.fwd
-    common = dict(
-        cu_seqlens=cu_seqlens,
-        scale=scale,
-        q_sb=q.stride(0),
-        q_st=q.stride(1),
-        q_sh=q.stride(2),
-        k_sb=k.stride(0),
-        k_st=k.stride(1),
-        k_sh=k.stride(2),
-        v_sb=v.stride(0),
-        v_st=v.stride(1),
-        v_sh=v.stride(2),
-        g_sb=g.stride(0),
-        g_st=g.stride(1),
-        g_sh=g.stride(2),
-        theta_sb=theta.stride(0),
-        theta_st=theta.stride(1),
-        theta_sh=theta.stride(2),
-        N=N,
-        T=T,
-        H=H,
-        L=s.fwd_L or T + 1,
-        NP=1,
-        NC=NC,
-        G_q=H // q.shape[2],
-        G_k=H // k.shape[2],
-        G_v=H // v.shape[2],
-        G_g=H // g.shape[2],
-        G_theta=H // theta.shape[2],
-        K=K,
-        V=V,
-        F=F,
-        LC=s.LC,
-        BT=t.BT,
-        BK=s.BK,
-        BV=t.BV,
-        BF=s.BF,
-        LEVELS=t.BT.bit_length() - 1,
-        PARTS=s.PARTS,
-        DOT=s.DOT,
-        PRECISION=s.PRECISION,
-        SUM_PRECISION=s.SUM_PRECISION,
-        num_warps=t.num_warps,
-        num_stages=t.num_stages,
-    )
-    NV = triton.cdiv(V, t.BV)
-    if s.fwd_L:
-        NP, rows = pieces(cu_seqlens, N, T, s.fwd_L)
-        common["NP"] = NP
-        hp = state(rows, H, F, V, like)
-        gt = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
-        at = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
-        gateloop_fwd_kernel[(rows * H * NV,)](
-            q, k, v, g, theta,
-            o=None,
-            h0=None,
-            ht=hp,
-            hc=None,
-            gt=gt,
-            at=at,
-            PIECES=True,
-            **common,
-        )
-        scan(hp, h0, gt, at, cu_seqlens, N, T, s.fwd_L, NP, K, V, F, False)
-        h0 = hp
-    else:
-        rows = N
-    gateloop_fwd_kernel[(rows * H * NV,)](
-        q, k, v, g, theta,
-        o=o,
-        h0=h0,
-        ht=ht,
-        hc=hc,
-        gt=None,
-        at=None,
-        PIECES=bool(s.fwd_L),
-        **common,
-    )
-    return o, ht, hc
-
-
 def scan(h, h0, gt, at, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     """In place: end states of pieces that began from zero -> states that the pieces begin with (reverse: adjoints)."""
     H = h.shape[1]
@@ -1225,59 +1479,144 @@ def scan(h, h0, gt, at, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def adjoints(q, g, theta, do, dht, cu_seqlens, scale, s, shape):
-    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens."""
-    N, T, H, K, V, F = shape
-    t = s.bwd
-    NP, rows = pieces(cu_seqlens, N, T, s.bwd_L)
-    NV = triton.cdiv(V, t.BV)
-    dhp = state(rows, H, F, V, do)
-    gt = torch.empty(rows, H, K, dtype=torch.float32, device=do.device)
-    at = torch.empty(rows, H, K, dtype=torch.float32, device=do.device)
-    gateloop_bwd_state_kernel[(rows * H * NV,)](
-        q, g, theta,
-        do=do,
-        dh=dhp,
-        gt=gt,
-        at=at,
+def prepare(q, k, g, theta, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=None):
+    """What the serial kernels read: qd, kd [B, T, H, 2, K], gn [chunks of BT tokens, H, 2, K], A [B, T, H, BT]; and far [B, T, H].
+
+    Of the two halves of qd and kd one meets the real and one the imaginary part of a state; those of gn are log decay and angle.
+
+    qd, kd: where to, None for tensors of their own."""
+    B, T, H, K, V, F, N = shape
+    t = s.intra
+    NP, rows = pieces(cu_seqlens, N, T, BT)
+    qd, kd = (torch.empty(B, T, H, 2, K, dtype=s.checkpoint, device=like.device) if x is None else x for x in (qd, kd))
+    A = torch.empty(B, T, H, BT, dtype=s.checkpoint, device=like.device)
+    gn = torch.empty(rows, H, 2, K, dtype=torch.float32, device=like.device)
+    far = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
+    common = dict(
+        A=A,
+        far=far,
         cu_seqlens=cu_seqlens,
         scale=scale,
         q_sb=q.stride(0),
         q_st=q.stride(1),
         q_sh=q.stride(2),
+        k_sb=k.stride(0),
+        k_st=k.stride(1),
+        k_sh=k.stride(2),
         g_sb=g.stride(0),
         g_st=g.stride(1),
         g_sh=g.stride(2),
         theta_sb=theta.stride(0),
         theta_st=theta.stride(1),
         theta_sh=theta.stride(2),
-        do_sb=do.stride(0),
-        do_st=do.stride(1),
-        do_sh=do.stride(2),
         N=N,
         T=T,
         H=H,
-        L=s.bwd_L,
         NP=NP,
         G_q=H // q.shape[2],
+        G_k=H // k.shape[2],
         G_g=H // g.shape[2],
         G_theta=H // theta.shape[2],
         K=K,
-        V=V,
-        F=F,
-        BT=t.BT,
-        BK=s.BK,
-        BV=t.BV,
-        BF=s.BF,
+        BT=BT,
+        BK=t.BV,
+        LEVELS=BT.bit_length() - 1,
         PARTS=s.PARTS,
         DOT=s.DOT,
         PRECISION=s.PRECISION,
         SUM_PRECISION=s.SUM_PRECISION,
+    )
+    gateloop_prepare_kernel[(rows * H,)](
+        q, k, g, theta,
+        qd=qd,
+        kd=kd,
+        gn=gn,
+        num_warps=t.num_warps,
+        num_stages=t.num_stages,
+        **common,
+    )
+    gateloop_pairs_kernel[(rows * H,)](q, k, g, theta, num_warps=4, num_stages=1, **common)
+    return qd, kd, gn, A, far
+
+
+def fwd(q, k, v, g, theta, h0, cu_seqlens, scale, s, final=False, save=False):
+    """The output [B, T, H, V], the final state and what the backward wants; None for what is not asked for.
+
+    s: the schedule, a record of launch-time constants. h0: [N, H, F, V] fp32, or None.
+    """
+    B, T, H, K, V, F, N = shape = sizes(q, k, v, g, theta, cu_seqlens)
+    like = v
+    NC = -(-T // s.LC)
+    # rows past the last sequence stay zero
+    o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
+    ht = state(N, H, F, V, like) if final else None
+    hc = state(N * NC if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
+    qd, kd, gn, A, _ = prepare(q, k, g, theta, shape, like, cu_seqlens, scale, s, s.fwd.BT)
+    t = s.fwd
+    NV = triton.cdiv(V, t.BV)
+    common = dict(
+        kd=kd,
+        gn=gn,
+        cu_seqlens=cu_seqlens,
+        v_sb=v.stride(0),
+        v_st=v.stride(1),
+        v_sh=v.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        L=s.fwd_L or T + 1,
+        NC=NC,
+        G_v=H // v.shape[2],
+        K=K,
+        V=V,
+        F=F,
+        LC=s.LC,
+        BT=t.BT,
+        BK=s.BK,
+        BV=t.BV,
+        BF=s.BF,
+        PIECES=bool(s.fwd_L),
+        DOT=s.DOT,
+        PRECISION=s.PRECISION,
         num_warps=t.num_warps,
         num_stages=t.num_stages,
     )
-    scan(dhp, dht, gt, at, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
-    return dhp
+    NP, rows = 1, N
+    if s.fwd_L:
+        NP, rows = pieces(cu_seqlens, N, T, s.fwd_L)
+        hp = state(rows, H, F, V, like)
+        gt = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
+        at = torch.empty_like(gt)
+        gateloop_fwd_kernel[(rows * H * NV,)](
+            v,
+            qd=None,
+            A=None,
+            o=None,
+            h0=None,
+            ht=hp,
+            hc=None,
+            gt=gt,
+            at=at,
+            NP=NP,
+            **common,
+        )
+        scan(hp, h0, gt, at, cu_seqlens, N, T, s.fwd_L, NP, K, V, F, False)
+        h0 = hp
+    gateloop_fwd_kernel[(rows * H * NV,)](
+        v,
+        qd=qd,
+        A=A,
+        o=o,
+        h0=h0,
+        ht=ht,
+        hc=hc,
+        gt=None,
+        at=None,
+        NP=NP,
+        **common,
+    )
+    return o, ht, hc
+
 
 def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
@@ -1286,13 +1625,12 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
     [B, T, H, C] for inputs with a time axis, [rows, H, C] without one, in fp32 and with a first axis of parts to add where programs with
     a block of the channels each hold one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
     """
-    B, T, H, K, V, F, N = sizes(q, k, v, g, theta, cu_seqlens)
+    B, T, H, K, V, F, N = shape = sizes(q, k, v, g, theta, cu_seqlens)
     like = v
-    NC = -(-T // s.LC)
-    t = s.bwd
-    L = s.bwd_L or T + 1
-    NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
-    NV = triton.cdiv(V, t.BV)
+    t = s.rows
+    NK, NV = triton.cdiv(K, t.BV), triton.cdiv(V, s.bwd.BV)
+    need_decay, need_value = any((needs[3], needs[4],)), any((needs[2],))
+    need_query, need_key = any((needs[0],)) or need_decay, any((needs[1],)) or need_decay
 
     make = torch.empty if cu_seqlens is None else torch.zeros
 
@@ -1308,98 +1646,193 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
         out = make(count, *shape, dtype=torch.float32, device=x.device)
         return out, out[0].numel()
 
-    dq, dq_sp = gradient(q, "bthk", needs[0], NV, rows, True)
-    dk, dk_sp = gradient(k, "bthk", needs[1], NV, rows, True)
-    dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
-    dg, dg_sp = gradient(g, "bthk", needs[3], NV, rows, True)
-    dtheta, dtheta_sp = gradient(theta, "bthk", needs[4], NV, rows, True)
-    dh0 = state(N, H, F, V, like) if initial else None
-    hs = state(rows * (s.LC // t.BT), H, F, V, like, s.checkpoint) if s.LC > t.BT else None
-    dhp = None
-    common = dict(
+    parts = [[] for _ in needs]
+    NS, segments = pieces(cu_seqlens, N, T, s.LC)
+    dq, dq_sp = gradient(q, "bthk", needs[0], 1, segments, True)
+    parts[0].append((dq, s.LC))
+    dk, dk_sp = gradient(k, "bthk", needs[1], 1, segments, True)
+    parts[1].append((dk, s.LC))
+    dg, dg_sp = gradient(g, "bthk", needs[3], 1, segments, True)
+    parts[3].append((dg, s.LC))
+    dtheta, dtheta_sp = gradient(theta, "bthk", needs[4], 1, segments, True)
+    parts[4].append((dtheta, s.LC))
+
+    def place(need, x):
+        """Where the gradient of the query or key is to be, if something of its shape may lie there until then."""
+        return x if need and x is not None and x.dtype == s.checkpoint else None
+
+    # with dqd where qd was, no more than dkd needs memory beside the gradients
+    qd, kd, gn, A, far = prepare(
+        q, k, g, theta, shape, like, cu_seqlens, scale, s, s.bwd.BT,
+        qd=place(need_key, None),
+        kd=place(need_query, None),
+    )
+    values = dict(
+        do=do,
+        gn=gn,
         cu_seqlens=cu_seqlens,
-        scale=scale,
+        v_sb=v.stride(0),
+        v_st=v.stride(1),
+        v_sh=v.stride(2),
         do_sb=do.stride(0),
         do_st=do.stride(1),
         do_sh=do.stride(2),
         N=N,
         T=T,
         H=H,
-        L=L,
-        NP=NP,
+        NC=-(-T // s.LC),
+        G_v=H // v.shape[2],
         K=K,
         V=V,
         F=F,
-        BT=t.BT,
-        BK=s.BK,
-        BV=t.BV,
-        BF=s.BF,
-        PARTS=s.PARTS,
+        LC=s.LC,
+        BT=s.bwd.BT,
         DOT=s.DOT,
         PRECISION=s.PRECISION,
-        SUM_PRECISION=s.SUM_PRECISION,
+    )
+    by_key = dict(
+        hc=hc,
+        BK=t.BV,
+        BV=s.BV,
+        BF=t.BV,
         num_warps=t.num_warps,
         num_stages=t.num_stages,
+        **values,
     )
+    hdh = torch.empty(hc.shape[0], H, 2, K, dtype=torch.float32, device=like.device) if need_decay else None
+    L = s.bwd_L or T + 1
+    NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
+    by_query = by_key | dict(qd=qd, L=L, NP=NP)
+    dhp = dh0 = dkd = None
     if s.bwd_L:
-        dhp = adjoints(q, g, theta, do, dht, cu_seqlens, scale, s, (N, T, H, K, V, F))
-    gateloop_bwd_kernel[(rows * H * NV,)](
-        q, k, v, g, theta,
-        do=do,
-        hc=hc,
-        hs=hs,
-        dht=dht,
-        dh0=dh0,
-        dhp=dhp,
-        dq=dq,
-        dq_sp=dq_sp,
-        dk=dk,
-        dk_sp=dk_sp,
-        dv=dv,
-        dv_sp=dv_sp,
-        dg=dg,
-        dg_sp=dg_sp,
-        dtheta=dtheta,
-        dtheta_sp=dtheta_sp,
-        NC=NC,
-        LC=s.LC,
-        LEVELS=t.BT.bit_length() - 1,
-        NEED_QUERY=any((needs[0],)),
-        NEED_KEY=any((needs[1],)),
-        NEED_VALUE=any((needs[2],)),
-        NEED_DECAY=any((needs[3],)),
-        NEED_PHASE=any((needs[4],)),
-        NEED_BONUS=False,
-        q_sb=q.stride(0),
-        q_st=q.stride(1),
-        q_sh=q.stride(2),
-        k_sb=k.stride(0),
-        k_st=k.stride(1),
-        k_sh=k.stride(2),
-        v_sb=v.stride(0),
-        v_st=v.stride(1),
-        v_sh=v.stride(2),
-        g_sb=g.stride(0),
-        g_st=g.stride(1),
-        g_sh=g.stride(2),
-        theta_sb=theta.stride(0),
-        theta_st=theta.stride(1),
-        theta_sh=theta.stride(2),
-        G_q=H // q.shape[2],
-        G_k=H // k.shape[2],
-        G_v=H // v.shape[2],
-        G_g=H // g.shape[2],
-        G_theta=H // theta.shape[2],
-        **common,
-    )
-    gradients = (
-        ((dq, s.bwd_L),),
-        ((dk, s.bwd_L),),
-        ((dv, s.bwd_L),),
-        ((dg, s.bwd_L),),
-        ((dtheta, s.bwd_L),),
-    )
-    return gradients, dh0
+        # the adjoints at the ends of the pieces
+        dhp = state(rows, H, F, V, like)
+        gt = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
+        at = torch.empty_like(gt)
+        gateloop_dk_kernel[(rows * H * NK,)](
+            v,
+            dht=None,
+            dhp=None,
+            dh0=dhp,
+            gt=gt,
+            at=at,
+            dkd=None,
+            hdh=None,
+            **by_query,
+        )
+        scan(dhp, dht, gt, at, cu_seqlens, N, T, L, NP, K, V, F, True)
+    if need_value:
+        t = s.bwd
+        dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
+        parts[2].append((dv, s.bwd_L))
+        gateloop_dv_kernel[(rows * H * NV,)](
+            v,
+            dht=dht,
+            dhp=dhp,
+            qd=qd,
+            kd=kd,
+            A=A,
+            dv=dv,
+            dv_sp=dv_sp,
+            L=L,
+            NP=NP,
+            BK=s.BK,
+            BV=t.BV,
+            BF=s.BF,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            **values,
+        )
+    del A
+    if need_key or initial:
+        dkd = torch.empty_like(qd)
+        dh0 = state(N, H, F, V, like) if initial else None
+        gateloop_dk_kernel[(rows * H * NK,)](
+            v,
+            dht=dht,
+            dhp=dhp,
+            dh0=dh0,
+            gt=None,
+            at=None,
+            dkd=dkd,
+            hdh=hdh,
+            **by_query,
+        )
+    if need_query:
+        NQ, starts = pieces(cu_seqlens, N, T, s.dq_L) if s.dq_L else (1, N)
+        gateloop_dq_kernel[(starts * H * NK,)](
+            v,
+            kd=kd,
+            dqd=qd,
+            L=s.dq_L or T + 1,
+            NP=NQ,
+            **by_key,
+        )
+    if need_query or need_key or False:
+        t = s.bwd_intra
+        common = dict(
+            do=do,
+            dqd=qd if need_query else None,
+            dkd=dkd if need_key else None,
+            hdh=hdh,
+            far=far,
+            dq=dq,
+            dq_sp=dq_sp,
+            dk=dk,
+            dk_sp=dk_sp,
+            dg=dg,
+            dg_sp=dg_sp,
+            dtheta=dtheta,
+            dtheta_sp=dtheta_sp,
+            cu_seqlens=cu_seqlens,
+            scale=scale,
+            q_sb=q.stride(0),
+            q_st=q.stride(1),
+            q_sh=q.stride(2),
+            k_sb=k.stride(0),
+            k_st=k.stride(1),
+            k_sh=k.stride(2),
+            v_sb=v.stride(0),
+            v_st=v.stride(1),
+            v_sh=v.stride(2),
+            g_sb=g.stride(0),
+            g_st=g.stride(1),
+            g_sh=g.stride(2),
+            theta_sb=theta.stride(0),
+            theta_st=theta.stride(1),
+            theta_sh=theta.stride(2),
+            do_sb=do.stride(0),
+            do_st=do.stride(1),
+            do_sh=do.stride(2),
+            N=N,
+            T=T,
+            H=H,
+            NP=NS,
+            NC=values["NC"],
+            G_q=H // q.shape[2],
+            G_k=H // k.shape[2],
+            G_v=H // v.shape[2],
+            G_g=H // g.shape[2],
+            G_theta=H // theta.shape[2],
+            K=K,
+            V=V,
+            LC=s.LC,
+            BT=t.BT,
+            BK=t.BV,
+            BV=min(64, s.BV),
+            LEVELS=t.BT.bit_length() - 1,
+            PARTS=s.PARTS,
+            DOT=s.DOT,
+            PRECISION=s.PRECISION,
+            SUM_PRECISION=s.SUM_PRECISION,
+            NEED_BONUS=False,
+        )
+        grid = (segments * H * triton.cdiv(K, t.BV),)
+        if s.DOT == tl.bfloat16:
+            gateloop_bwd_intra_kernel[grid](q, k, v, g, theta, TREE=False, num_warps=t.num_warps, num_stages=t.num_stages, **common)
+        gateloop_bwd_intra_kernel[grid](q, k, v, g, theta, TREE=True, num_warps=4, num_stages=1, **common)
+    return parts, dh0
+
 
 def step(q, k, v, g, theta, h, scale, s):
     """One token: the output [B, 1, H, V]; the state is updated in place. Inputs have T = 1."""

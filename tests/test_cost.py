@@ -150,22 +150,26 @@ def test_a_sweep_reads_three_tensors_and_writes_one():
 def test_scratch_that_does_not_fit_the_cache_is_moved():
     """The states between checkpoints, in the sweep that makes all gradients."""
     small = dataclasses.replace(H100, cache=MB)
-    shape = ("gateloop", 1, 8192, 96, 64, 64)
-    less, more = (named(estimated(*shape, machine).backward)[-1][1] for machine in (H100, small))
-    chunk = estimated(*shape).schedule.bwd.BT
+    spec = next(spec for spec in cases.ALL if spec.name == "phase_scalar_u")
+    found = [cost.estimate(spec, Shape.dense(1, 8192, 96, 64, 64), torch.bfloat16, one) for one in (H100, small)]
+    less, more = (next(x for x in one.backward.kernels if x.name.endswith("_bwd_kernel")) for one in found)
+    chunk = found[0].schedule.bwd.BT
     assert more.read - less.read == 96 * (8192 // chunk) * 64 * 64 * 2 * 2  # a state a chunk
     assert more.asked == less.asked
 
 
-def test_pairs_of_a_decay_per_key_channel_are_counted():
-    found = estimated("gla", 1, 8192, 96, 128, 128)
+@pytest.mark.parametrize(("name", "inputs", "halves"), [("gla", 3, 1), ("gateloop", 4, 2)])
+def test_pairs_of_a_decay_per_key_channel_are_counted(name, inputs, halves):
+    """halves: a complex decay has queries and keys for the real and for the imaginary part of a state, and an angle."""
+    found = estimated(name, 1, 8192, 96, 128, 128)
     (_, prepare), (_, rare), (_, serial) = named(found.forward)
     tensor, pairs = 8192 * 96 * 128 * 2, 8192 * 96 * found.schedule.intra.BT * 2
     marks, totals = 8192 * 96, 96 * (8192 // found.schedule.intra.BT) * 128 * 4
-    assert (prepare.read, prepare.written) == (3 * tensor, 2 * tensor + pairs + marks + totals)
+    totals *= halves
+    assert (prepare.read, prepare.written) == (inputs * tensor, 2 * halves * tensor + pairs + marks + totals)
     # rows whose decays are too strong to be divided by have a kernel that most often finds none
     assert (rare.read, rare.written, rare.flops) == (marks, 0, 0)
-    assert (serial.read, serial.written) == (3 * tensor + pairs + totals, tensor)
+    assert (serial.read, serial.written) == ((2 * halves + 1) * tensor + pairs + totals, tensor)
 
 
 def test_parts_of_gradients_are_summed_by_torch():

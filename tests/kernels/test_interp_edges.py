@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import bf16_interpreter
 import pytest
 import torch
 from cases import ALL, constants_of, extreme, gk, gs, gv, make, make_states, th, u
@@ -35,6 +36,23 @@ def test_decays_from_zero_to_minus_infinity(decay, cut):
     where = spec.inputs.index(GATES[gate])
     inputs[where] = extreme(inputs[where].shape, torch.Generator().manual_seed(3))
     out, gradients = compare(spec, 1, 70, 1, 16, 12, inputs=tuple(inputs), patch=cut)
+    assert all(x.isfinite().all() for x in (out.o, *gradients))
+    assert not gradients[where][inputs[where] == -math.inf].any()
+
+
+@pytest.mark.parametrize("others", ["", "phase", "phase u"])
+def test_products_and_the_tree_in_bf16(others, monkeypatch):
+    """Decays from zero to minus infinity after a chunk of mild ones, so that there are rows of both kinds."""
+    bf16_interpreter.repair(monkeypatch)
+    bonus, phase = u if "u" in others else None, th if "phase" in others else None
+    spec = Spec("extreme", log_decay=gk, bonus=bonus, phase=phase)
+    inputs = list(make(spec, 1, 100, 1, 16, 12))
+    where = spec.inputs.index(gk)
+    mild = inputs[where][:, :32].abs() * -0.3
+    inputs[where] = extreme(inputs[where].shape, torch.Generator().manual_seed(3))
+    inputs[where][:, :32] = mild
+    how = {"dtype": torch.bfloat16, "gates": torch.float32, "chunk": 32, "checkpoint": 32}
+    out, gradients = compare(spec, 1, 100, 1, 16, 12, inputs=tuple(inputs), **how)
     assert all(x.isfinite().all() for x in (out.o, *gradients))
     assert not gradients[where][inputs[where] == -math.inf].any()
 
