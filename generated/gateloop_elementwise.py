@@ -392,10 +392,10 @@ def gateloop_elementwise_bwd_state_kernel(
     b_gti = tl.zeros([1, BD], dtype=tl.float32)
 
 
-    bs_q = read_rows(q, q_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_g = read_rows(g, g_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_theta = read_rows(theta, theta_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_do = read_rows(do, do_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_q = read_rows(q, q_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_g = read_rows(g, g_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_theta = read_rows(theta, theta_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_do = read_rows(do, do_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
     for i in range(n_c):
         i_c = n_c - 1 - i
         i_t = i_start + i_c * (BP * S)
@@ -561,12 +561,12 @@ def gateloop_elementwise_bwd_kernel(
             b_dhi = tl.load(p_dht + 1, mask=m_d[None, :], other=0.0)
 
 
-    bs_q = read_rows(q, q_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_k = read_rows(k, k_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_v = read_rows(v, v_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_g = read_rows(g, g_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_theta = read_rows(theta, theta_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_do = read_rows(do, do_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_q = read_rows(q, q_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_k = read_rows(k, k_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_v = read_rows(v, v_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_g = read_rows(g, g_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_theta = read_rows(theta, theta_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_do = read_rows(do, do_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
     for i in range(n_c):
         i_c = n_c - 1 - i
         i_t = i_start + i_c * (BP * S)

@@ -282,8 +282,8 @@ def hgrn_bwd_state_kernel(
     b_gt = tl.full([1, BD], 1.0, dtype=tl.float32)
 
 
-    bs_g = read_rows(g, g_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_do = read_rows(do, do_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_g = read_rows(g, g_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_do = read_rows(do, do_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
     for i in range(n_c):
         i_c = n_c - 1 - i
         i_t = i_start + i_c * (BP * S)
@@ -384,9 +384,9 @@ def hgrn_bwd_kernel(
             b_dh = tl.load(dht + i_n * D + o_d[None, :], mask=m_d[None, :], other=0.0)
 
 
-    bs_x_ = read_rows(x, x_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_g = read_rows(g, g_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_do = read_rows(do, do_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_x_ = read_rows(x, x_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_g = read_rows(g, g_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_do = read_rows(do, do_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
     for i in range(n_c):
         i_c = n_c - 1 - i
         i_t = i_start + i_c * (BP * S)

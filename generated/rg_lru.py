@@ -294,8 +294,8 @@ def rg_lru_bwd_state_kernel(
     b_gt = tl.full([1, BD], 1.0, dtype=tl.float32)
     b_lam = tl.load(lam + o_d, mask=m_d, other=0.0).to(tl.float32)
 
-    bs_recurrence_gate = read_rows(recurrence_gate, recurrence_gate_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_do = read_rows(do, do_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_recurrence_gate = read_rows(recurrence_gate, recurrence_gate_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_do = read_rows(do, do_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
     for i in range(n_c):
         i_c = n_c - 1 - i
         i_t = i_start + i_c * (BP * S)
@@ -409,10 +409,10 @@ def rg_lru_bwd_kernel(
     b_lam = tl.load(lam + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_sum_lam = tl.zeros([BP, BD], dtype=tl.float32)
 
-    bs_x_ = read_rows(x, x_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_input_gate = read_rows(input_gate, input_gate_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_recurrence_gate = read_rows(recurrence_gate, recurrence_gate_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
-    bs_do = read_rows(do, do_st, i_start + (n_c - 1) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_x_ = read_rows(x, x_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_input_gate = read_rows(input_gate, input_gate_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_recurrence_gate = read_rows(recurrence_gate, recurrence_gate_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
+    bs_do = read_rows(do, do_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
     for i in range(n_c):
         i_c = n_c - 1 - i
         i_t = i_start + i_c * (BP * S)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 import bf16_interpreter
+import bounds
 import pytest
 import torch
 from cases import VECTORS, extreme, make, make_states
@@ -64,6 +65,14 @@ def test_packed_sequences(spec):
     assert not out.o[:, SPANS[-1] :].any()
     for one, gradient in zip(spec.inputs, gradients, strict=True):
         assert "t" not in one.axes or not gradient[:, SPANS[-1] :].any()
+
+
+@EVERY
+@pytest.mark.parametrize("tokens", [0, 8], ids=["whole", "pieces"])
+def test_empty_sequences_read_nothing_before_the_tensors(spec, tokens, monkeypatch):
+    counts = bounds.watch(monkeypatch)
+    run(spec, 1, 20, 4, tiles(tokens=tokens), cu=[0, 0, 1, 1, 18, 18])
+    assert sum(counts) > 500
 
 
 @EVERY
