@@ -97,6 +97,12 @@ class ErasePlan:
             found.append(Unit(unit.name, text, users, tuple(self._term(None, role, diff) for role, diff in terms)))
         return tuple(found)
 
+    @property
+    def unit_tensors(self) -> tuple[TensorArg, ...]:
+        """What the normalised vectors are made of."""
+        names = {leaf.name for _, expr in self.analysis.units for leaf in leaves(expr)}
+        return tuple(one for one in self.intra_tensors if one.name in names)
+
     def late_unit(self, role: str) -> Unit | None:
         """The unit that the query or the key is, if it is nothing but the l2norm of an input: its norm is then a factor
         of products of the input as it lies, which need not be rounded. With delta, and no decay per channel."""
@@ -137,9 +143,11 @@ class ErasePlan:
         names = tuple(one.name for one in self.inputs)
         pairs = ("M", "A") if self.delta else ("M", "A", "B", "C")
         own = tuple(one.name for one in self.intra_tensors if not one.is_constant)
+        again = "; again for rows whose decays are too strong to be divided by" if self.decay == "key" else ""
         gradients, adjoints = tuple(f"d{name}" for name in names), ("do", "dS", "dw")
         return (
-            Kernel(name=f"{self.name}_intra_kernel", direction="either", reads=own, writes=pairs, when="always"),
+            Kernel(name=f"{self.name}_intra_kernel", direction="either", reads=own, writes=pairs,
+                   when=f"always{again}"),
             Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=(*names, *pairs), writes=("o", "S"),
                    when="always"),
             Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=(*names, *pairs), writes=("S", "w"),
@@ -147,7 +155,7 @@ class ErasePlan:
             Kernel(name=f"{self.name}_bwd_state_kernel", direction="backward", reads=(*names, *pairs, "do"),
                    writes=("dS", "dw"), when="a gradient is asked for"),
             Kernel(name=f"{self.name}_bwd_kernel", direction="either", reads=(*names, *pairs, "S", "w", *adjoints),
-                   writes=gradients, when="a gradient is asked for"),
+                   writes=gradients, when=f"a gradient is asked for{again}"),
             Kernel(name=f"{self.name}_step_kernel", direction="one token", reads=(*names, "S"), writes=("o", "S"),
                    when="decode"),
         )  # fmt: skip

@@ -180,7 +180,9 @@ def schedule(
         # not pipelined, so that two programs fit a multiprocessor; blocks of 32 value channels are not believed
         size = max(64, BV if BF > 128 else value_block(BV, BF, STATE_ELEMENTS // 2))
         fwd = bwd = tile(BT, size, BF * size, 1)
-        intra, bwd_intra = Tile(BT, 64, 4 if BK <= 128 else 8, 1), Tile(BT, min(64, 8192 // BK), 8, 1)
+        # with a decay per key channel the key channels come in blocks of 64
+        warps = 4 if BK <= 128 or plan.decay == "key" else 8
+        intra, bwd_intra = Tile(BT, 64, warps, 1), Tile(BT, min(64, 8192 // BK), 8, 1)
     whole = block(shape.V, triton)
     rows = turned_tile(BT, BK, whole) if plan.turned else sweep_tile(BT, BK, whole, low)
     fwd_L = piece(shape, programs * -(-shape.V // fwd.BV), device, LC)

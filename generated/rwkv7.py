@@ -238,8 +238,10 @@ def erase_apply(
 
 
 # All that needs no state, so that the serial kernels are left with little to do for each chunk; a program owns a chunk and a head.
-# rq, ra, rb, rk [B, T, H, K]: rows of the roles with the decay from the chunk's start, or to its end.
+# rq, ra, rb, rk [B, T, H, K]: rows of the roles with the decay from the chunk's start, or to its end; en [chunks, H, K]: that of the chunk.
 # Matrices [B, T, H, BT] of the pairs of tokens inside the chunk: With q, a, b the rows of query and erase, decayed in between: M = (1 + a b^T)^-1 - 1, A = scale q b^T, B = scale q k^T, C = a k^T.
+# The decay of a pair is the quotient of those since the chunk's start: rows that a decay beyond -SPAN leads to are marked in far [B, T, H]. TREE: the
+# pairs of such rows, by a product tree, in chunks that have any; with operands wider than bf16 all, and the rest too.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def rwkv7_intra_kernel(
     r,
@@ -256,6 +258,7 @@ def rwkv7_intra_kernel(
     rb,
     rk,
     en,
+    far,
     cu_seqlens,
     scale,
     r_sb,
@@ -291,6 +294,7 @@ def rwkv7_intra_kernel(
     PRECISION: tl.constexpr,
     SUM_PRECISION: tl.constexpr,
     INVERSE: tl.constexpr,
+    TREE: tl.constexpr,
 ):
     i_h = (tl.program_id(0) % H).to(tl.int64)
     i_p = tl.program_id(0) // H
@@ -308,6 +312,12 @@ def rwkv7_intra_kernel(
     # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
     o_t = i_t + o_i
     o_row = (i_b * T + o_t) * H + i_h
+    if DOT == tl.bfloat16:
+        if TREE:
+            m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
+            n_far = tl.max(m_far.to(tl.int32), 0)
+            if n_far == 0:
+                return
     r += i_b * r_sb
     r += (i_h // G_r) * r_sh
     k += i_b * k_sb
@@ -318,60 +328,118 @@ def rwkv7_intra_kernel(
     a += (i_h // G_a) * a_sh
     b += i_b * b_sb
     b += (i_h // G_b) * b_sh
-    o_k = tl.arange(0, BK)
-    m_k = o_k < K
-    m_tk = m_t[:, None] & m_k[None, :]
 
-    # [BT, BK]
-    p_x = r + o_t[:, None] * r_st + o_k[None, :]
-    b_r = tl.load(p_x, mask=m_tk, other=0.0)
-    # [BT, BK]
-    p_x = k + o_t[:, None] * k_st + o_k[None, :]
-    b_k = tl.load(p_x, mask=m_tk, other=0.0)
-    # [BT, BK]
-    p_x = w + o_t[:, None] * w_st + o_k[None, :]
-    b_w = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-    # [BT, BK]
-    p_x = a + o_t[:, None] * a_st + o_k[None, :]
-    b_a_ = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-    # [BT, BK]
-    p_x = b + o_t[:, None] * b_st + o_k[None, :]
-    b_b_ = tl.load(p_x, mask=m_tk, other=0.0)
-
-    b_key = b_k
-    b_query = b_r
-    b_a = tl.where(m_tk, -b_a_, 0.0)
-    b_b = b_b_
-    # [BT, BK]
-    b_ld = tl.where(m_tk, tl.maximum(b_w, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-    m_read = o_i[None, :] <= o_i[:, None]
-    m_after = o_i[None, :] > o_i[:, None]
-    b_ek = tl.exp(sum_steps(m_after, b_ld, PARTS, DOT, SUM_PRECISION))
-    b_eq = tl.exp(sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION))
-    b_ea = tl.exp(sum_steps(o_i[None, :] < o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-    b_en = tl.exp(tl.sum(b_ld, 0))
-    # [BT, BT]
-    b_qr = b_query * scale
-    b_M = erase_scores(b_a, b_b, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-    b_A = erase_scores(b_qr, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-    b_B = erase_scores(b_qr, b_key, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-    b_C = erase_scores(b_a, b_key, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-    b_d = tl.sum(b_query.to(tl.float32) * b_b.to(tl.float32), 1) * scale
-    b_A = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_A)
-    b_d = tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
-    b_B = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_B)
+    m_below = o_i[None, :] < o_i[:, None]
+    # [BT, BT]; [BT]: a query with what its own token writes; the row's strongest decay since the chunk's start
+    b_M = tl.zeros([BT, BT], dtype=tl.float32)
+    b_A = tl.zeros([BT, BT], dtype=tl.float32)
+    b_B = tl.zeros([BT, BT], dtype=tl.float32)
+    b_C = tl.zeros([BT, BT], dtype=tl.float32)
+    b_own = tl.zeros([BT], dtype=tl.float32)
+    b_d = tl.zeros([BT], dtype=tl.float32)
+    b_c = tl.zeros([BT], dtype=tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        m_tk = m_t[:, None] & m_k[None, :]
+        p_r = o_row[:, None] * K + o_k[None, :]
+        # [BT, BK]
+        p_x = w + o_t[:, None] * w_st + o_k[None, :]
+        b_w = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BK]
+        b_ld = tl.where(m_tk, tl.maximum(b_w, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        b_en = tl.sum(b_ld, 0)
+        if DOT == tl.bfloat16:
+            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+            b_ck = sum_steps(o_i[None, :] < o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION) + b_ld
+        if DOT == tl.bfloat16:
+            b_ek = tl.exp(b_en[None, :] - b_ck)
+        else:
+            b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+        if not TREE or DOT != tl.bfloat16:
+            tl.store(en + i_ph * K + o_k, tl.exp(b_en), mask=m_k)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = b + o_t[:, None] * b_st + o_k[None, :]
+        b_b_ = tl.load(p_x, mask=m_tk, other=0.0)
+        b_key = b_k
+        b_b = b_b_
+        if not TREE or DOT != tl.bfloat16:
+            tl.store(rb + p_r, (b_b * b_ek).to(rb.dtype.element_ty), mask=m_tk)
+        if not TREE or DOT != tl.bfloat16:
+            tl.store(rk + p_r, (b_key * b_ek).to(rk.dtype.element_ty), mask=m_tk)
+        if DOT == tl.bfloat16:
+            b_el = tl.exp(tl.minimum(-b_ck, SPAN))
+            b_zb = (b_b * b_el).to(DOT)
+            b_zkey = (b_key * b_el).to(DOT)
+        # [BT, BK]
+        p_x = r + o_t[:, None] * r_st + o_k[None, :]
+        b_r = tl.load(p_x, mask=m_tk, other=0.0)
+        b_query = b_r
+        if DOT == tl.bfloat16:
+            b_eq = tl.exp(b_ck)
+        else:
+            b_eq = tl.exp(sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+        b_x = b_query * (b_eq * scale)
+        if not TREE or DOT != tl.bfloat16:
+            tl.store(rq + p_r, b_x.to(rq.dtype.element_ty), mask=m_tk)
+        if DOT == tl.bfloat16:
+            b_z = b_x.to(DOT)
+            if TREE:
+                b_z = tl.where(m_far[:, None], 0.0, b_z).to(DOT)
+            b_A = tl.dot(b_z, tl.trans(b_zb), b_A, input_precision=PRECISION)
+            b_B = tl.dot(b_z, tl.trans(b_zkey), b_B, input_precision=PRECISION)
+        b_own += tl.sum(b_query.to(tl.float32) * b_b.to(tl.float32), 1) * scale
+        b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
+        # [BT, BK]
+        p_x = a + o_t[:, None] * a_st + o_k[None, :]
+        b_a_ = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        b_a = tl.where(m_tk, -b_a_, 0.0)
+        if DOT == tl.bfloat16:
+            b_ea = tl.exp(b_ck - b_ld)
+        else:
+            b_ea = tl.exp(sum_steps(o_i[None, :] < o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+        b_x = b_a * b_ea
+        if not TREE or DOT != tl.bfloat16:
+            tl.store(ra + p_r, b_x.to(ra.dtype.element_ty), mask=m_tk)
+        if DOT == tl.bfloat16:
+            b_z = b_x.to(DOT)
+            if TREE:
+                b_z = tl.where(m_far[:, None], 0.0, b_z).to(DOT)
+            b_M = tl.dot(b_z, tl.trans(b_zb), b_M, input_precision=PRECISION)
+            b_C = tl.dot(b_z, tl.trans(b_zkey), b_C, input_precision=PRECISION)
+        if TREE:
+            b_x = erase_scores(b_a, b_b, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+            if DOT == tl.bfloat16:
+                b_x = tl.where(m_far[:, None], b_x, 0.0)
+            b_M += b_x
+            b_x = erase_scores(b_query * scale, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+            if DOT == tl.bfloat16:
+                b_x = tl.where(m_far[:, None], b_x, 0.0)
+            b_A += b_x
+            b_x = erase_scores(b_query * scale, b_key, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+            if DOT == tl.bfloat16:
+                b_x = tl.where(m_far[:, None], b_x, 0.0)
+            b_B += b_x
+            b_x = erase_scores(b_a, b_key, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+            if DOT == tl.bfloat16:
+                b_x = tl.where(m_far[:, None], b_x, 0.0)
+            b_C += b_x
+        if not TREE:
+            b_c = tl.minimum(b_c, tl.min(b_ck, 1), propagate_nan=tl.PropagateNan.ALL)
+    if not TREE:
+        tl.store(far + o_row, tl.where(b_c > -SPAN, 0, 1).to(tl.int8), mask=m_t)
     p_x = o_row[:, None] * BT + o_i[None, :]
+    b_A = tl.where(m_below, b_A, tl.where(o_i[:, None] == o_i[None, :], b_own[:, None], 0.0))
     tl.store(A + p_x, b_A.to(A.dtype.element_ty), mask=m_t[:, None])
+    b_B = tl.where(m_below, b_B, tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], 0.0))
     tl.store(B + p_x, b_B.to(B.dtype.element_ty), mask=m_t[:, None])
-    tl.store(C + p_x, b_C.to(C.dtype.element_ty), mask=m_t[:, None])
-    p_r = o_row[:, None] * K + o_k[None, :]
-    tl.store(rq + p_r, (b_query * (b_eq * scale)).to(rq.dtype.element_ty), mask=m_tk)
-    tl.store(ra + p_r, (b_a * b_ea).to(ra.dtype.element_ty), mask=m_tk)
-    tl.store(rb + p_r, (b_b * b_ek).to(rb.dtype.element_ty), mask=m_tk)
-    tl.store(rk + p_r, (b_key * b_ek).to(rk.dtype.element_ty), mask=m_tk)
-    tl.store(en + i_ph * K + o_k, b_en, mask=m_k)
+    tl.store(C + p_x, tl.where(m_below, b_C, 0.0).to(C.dtype.element_ty), mask=m_t[:, None])
     # without its ones, so that most of what it multiplies is not rounded
-    b_M = tl.where(o_i[:, None] == o_i[None, :], 0.0, unit_inverse(b_M, BT, LEVELS, INVERSE))
+    b_M = unit_inverse(tl.where(m_below, b_M, 0.0), BT, LEVELS, INVERSE)
+    b_M = tl.where(o_i[:, None] == o_i[None, :], 0.0, b_M)
     tl.store(M + p_x, b_M.to(M.dtype.element_ty), mask=m_t[:, None])
 
 
@@ -610,6 +678,7 @@ def rwkv7_bwd_state_kernel(
 
 # All gradients. A program owns a chunk and a head; it has the states hs at the chunk's start and their adjoints dhs at its end, what
 # the chunk writes with b, hw, and the gradient of what it reads with a, -dhw. V is taken in blocks of BV.
+# TREE: only where a row is marked in far, else only where none is; always with operands wider than bf16.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def rwkv7_bwd_kernel(
     r,
@@ -626,6 +695,7 @@ def rwkv7_bwd_kernel(
     dhw,
     hs,
     dhs,
+    far,
     dr,
     dk,
     dv,
@@ -677,6 +747,7 @@ def rwkv7_bwd_kernel(
     PRECISION: tl.constexpr,
     SUM_PRECISION: tl.constexpr,
     NEED_DECAY: tl.constexpr,
+    TREE: tl.constexpr,
 ):
     i_h = (tl.program_id(0) % H).to(tl.int64)
     i_p = tl.program_id(0) // H
@@ -694,6 +765,15 @@ def rwkv7_bwd_kernel(
     # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
     o_t = i_t + o_i
     o_row = (i_b * T + o_t) * H + i_h
+    if DOT == tl.bfloat16:
+        m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
+        n_far = tl.max(m_far.to(tl.int32), 0)
+        if TREE:
+            if n_far == 0:
+                return
+        else:
+            if n_far > 0:
+                return
     r += i_b * r_sb
     r += (i_h // G_r) * r_sh
     k += i_b * k_sb
@@ -709,8 +789,6 @@ def rwkv7_bwd_kernel(
     o_k = tl.arange(0, BK)
     m_k = o_k < K
     m_tk = m_t[:, None] & m_k[None, :]
-    m_read = o_i[None, :] <= o_i[:, None]
-    m_after = o_i[None, :] > o_i[:, None]
 
     # [BT, BT]
     b_B = tl.load(B + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
@@ -788,39 +866,98 @@ def rwkv7_bwd_kernel(
     b_b = b_b_
     # [BT, BK]
     b_ld = tl.where(m_tk, tl.maximum(b_w, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-    b_ek = tl.exp(sum_steps(m_after, b_ld, PARTS, DOT, SUM_PRECISION))
-    b_eq = tl.exp(sum_steps(m_read, b_ld, PARTS, DOT, SUM_PRECISION))
-    b_ea = tl.exp(sum_steps(o_i[None, :] < o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-    b_en = tl.exp(tl.sum(b_ld, 0))
-    # [BT, BK]
+    b_en = tl.sum(b_ld, 0)
+    if DOT == tl.bfloat16:
+        # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+        b_ck = sum_steps(o_i[None, :] < o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION) + b_ld
+    if DOT == tl.bfloat16:
+        b_eq = tl.exp(b_ck)
+    else:
+        b_eq = tl.exp(sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+    if DOT == tl.bfloat16:
+        b_ea = tl.exp(b_ck - b_ld)
+    else:
+        b_ea = tl.exp(sum_steps(o_i[None, :] < o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+    if DOT == tl.bfloat16:
+        b_ek = tl.exp(b_en[None, :] - b_ck)
+    else:
+        b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+    if DOT == tl.bfloat16:
+        b_el = tl.exp(tl.minimum(-b_ck, SPAN))
+    b_en = tl.exp(b_en)
+    m_below = o_i[None, :] < o_i[:, None]
+    # [BT, BK]: gradients by states, and what they say of the decay, by rows that read (b_xq, b_xa) and rows that write (b_xw)
     b_dquery = b_dqr * b_eq
     b_da = b_dar * b_ea
     b_db = b_dbd * b_ek
     b_dkey = b_dkd * b_ek
-    b_dlog_decay = sum_steps(o_i[None, :] >= o_i[:, None], b_query * b_dquery * scale, 2, DOT, SUM_PRECISION)
-    b_dlog_decay += sum_steps(o_i[None, :] > o_i[:, None], b_a * b_da, 2, DOT, SUM_PRECISION)
-    b_dlog_decay += sum_steps(o_i[None, :] < o_i[:, None], b_b * b_db + b_key * b_dkey, 2, DOT, SUM_PRECISION)
-    b_dlog_decay += (b_all * b_en)[None, :]
-    b_or, b_ol, b_sum = erase_apply(b_dA, b_query * scale, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+    b_xw = b_b * b_db + b_key * b_dkey
+    b_dlog_decay = sum_steps(m_below, b_xw, 2, DOT, SUM_PRECISION) + (b_all * b_en)[None, :]
+    b_xq = b_query * b_dquery * scale
+    b_xa = b_a * b_da
+    if DOT == tl.bfloat16:
+        b_zq = (b_query * (b_eq * scale)).to(DOT)
+        b_za = (b_a * b_ea).to(DOT)
+        b_zb = (b_b * b_el).to(DOT)
+        b_zkey = (b_key * b_el).to(DOT)
+        m_near = m_below
+        if TREE:
+            m_near = m_near & (m_far[:, None] == 0)
+        b_pA = tl.where(m_near, b_dA, 0.0).to(DOT)
+        b_pD = tl.where(m_near, b_dD, 0.0).to(DOT)
+        b_pB = tl.where(m_near, b_dB, 0.0).to(DOT)
+        b_pC = tl.where(m_near, b_dC, 0.0).to(DOT)
+        # both sides of a pair give the same rounded product, so that pairs on one side of a token cancel
+        b_or = tl.dot(b_pA, b_zb, input_precision=PRECISION)
+        b_or = tl.dot(b_pB, b_zkey, b_or, input_precision=PRECISION)
+        b_dquery += b_or * b_eq
+        b_xq += b_or * b_zq.to(tl.float32)
+        b_or = tl.dot(b_pD, b_zb, input_precision=PRECISION)
+        b_or = tl.dot(b_pC, b_zkey, b_or, input_precision=PRECISION)
+        b_da += b_or * b_ea
+        b_xa += b_or * b_za.to(tl.float32)
+        b_ol = tl.dot(tl.trans(b_pA), b_zq, input_precision=PRECISION)
+        b_ol = tl.dot(tl.trans(b_pD), b_za, b_ol, input_precision=PRECISION)
+        b_db += b_ol * b_el
+        b_xl = b_ol * b_zb.to(tl.float32)
+        b_ol = tl.dot(tl.trans(b_pB), b_zq, input_precision=PRECISION)
+        b_ol = tl.dot(tl.trans(b_pC), b_za, b_ol, input_precision=PRECISION)
+        b_dkey += b_ol * b_el
+        b_xl += b_ol * b_zkey.to(tl.float32)
+        # pairs of two rows after a step do not hold it, but are in both sums
+        b_xq -= b_xl
+    b_dlog_decay += sum_steps(o_i[None, :] > o_i[:, None], b_xq + b_xa, 2, DOT, SUM_PRECISION) + b_xq
     # a query reads its own token too
     b_d = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1)[:, None]
-    b_dquery += b_or + b_d * b_b
-    b_db += b_ol + b_d * b_query * scale
-    b_dlog_decay += b_sum
-    b_or, b_ol, b_sum = erase_apply(b_dD, b_a, b_b, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-    b_da += b_or
-    b_db += b_ol
-    b_dlog_decay += b_sum
-    b_or, b_ol, b_sum = erase_apply(b_dB, b_query * scale, b_key, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+    b_dquery += b_d * b_b
+    b_db += b_d * b_query * scale
     # a query reads its own token too
     b_d = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dB, 0.0), 1)[:, None]
-    b_dquery += b_or + b_d * b_key
-    b_dkey += b_ol + b_d * b_query * scale
-    b_dlog_decay += b_sum
-    b_or, b_ol, b_sum = erase_apply(b_dC, b_a, b_key, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-    b_da += b_or
-    b_dkey += b_ol
-    b_dlog_decay += b_sum
+    b_dquery += b_d * b_key
+    b_dkey += b_d * b_query * scale
+    if TREE:
+        if DOT == tl.bfloat16:
+            b_dA = tl.where(m_far[:, None], b_dA, 0.0)
+            b_dD = tl.where(m_far[:, None], b_dD, 0.0)
+        b_or, b_ol, b_sum = erase_apply(b_dA, b_query * scale, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_dquery += b_or
+        b_db += b_ol
+        b_dlog_decay += b_sum
+        b_or, b_ol, b_sum = erase_apply(b_dD, b_a, b_b, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_da += b_or
+        b_db += b_ol
+        b_dlog_decay += b_sum
+        if DOT == tl.bfloat16:
+            b_dB = tl.where(m_far[:, None], b_dB, 0.0)
+            b_dC = tl.where(m_far[:, None], b_dC, 0.0)
+        b_or, b_ol, b_sum = erase_apply(b_dB, b_query * scale, b_key, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_dquery += b_or
+        b_dkey += b_ol
+        b_dlog_decay += b_sum
+        b_or, b_ol, b_sum = erase_apply(b_dC, b_a, b_key, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_da += b_or
+        b_dkey += b_ol
+        b_dlog_decay += b_sum
     b_dquery *= scale
     b_derase_a = b_da
     b_derase_b = b_db
@@ -1023,8 +1160,8 @@ def intra(r, k, w, a, b, cu_seqlens, scale, s, shape):
     made = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", "B", "C", )}
     made |= {x: torch.empty(B, T, H, K, dtype=common, device=like.device) for x in ("rq", "ra", "rb", "rk", )}
     made["en"] = torch.empty(chunks, H, K, dtype=torch.float32, device=like.device)
-    rwkv7_intra_kernel[(chunks * H,)](
-        r, k, w, a, b,
+    far = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
+    by_key = dict(
         **made,
         cu_seqlens=cu_seqlens,
         scale=scale,
@@ -1054,7 +1191,7 @@ def intra(r, k, w, a, b, cu_seqlens, scale, s, shape):
         G_b=H // b.shape[2],
         K=K,
         BT=t.BT,
-        BK=s.BK,
+        BK=t.BV,
         LEVELS=t.BT.bit_length() - 1,
         PARTS=s.PARTS,
         DOT=s.DOT,
@@ -1065,7 +1202,10 @@ def intra(r, k, w, a, b, cu_seqlens, scale, s, shape):
         num_warps=t.num_warps,
         num_stages=t.num_stages,
     )
-    return made
+    if s.DOT == tl.bfloat16:
+        rwkv7_intra_kernel[(chunks * H,)](r, k, w, a, b, far=far, TREE=False, **by_key)
+    rwkv7_intra_kernel[(chunks * H,)](r, k, w, a, b, far=far, TREE=True, **by_key)
+    return made, far
 
 
 def run(v, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC):
@@ -1120,7 +1260,7 @@ def fwd(r, k, v, w, a, b, h0, cu_seqlens, scale, s, final=False, save=False):
     o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
     ht = state(N, H, F, V, like) if final else None
     hc = state(N * -(-T // s.LC) if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
-    made = intra(r, k, w, a, b, cu_seqlens, scale, s, (B, T, H, K, N))
+    made, _ = intra(r, k, w, a, b, cu_seqlens, scale, s, (B, T, H, K, N))
     run(v, made, o, None, h0, ht, hc, cu_seqlens, scale, s, s.fwd, (N, T, H, K, V, F), 0, s.LC)
     return o, ht, hc
 
@@ -1153,7 +1293,7 @@ def bwd(r, k, v, w, a, b, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fals
     da = gradient(a, "bthk", needs[4])
     db = gradient(b, "bthk", needs[5])
     dh0 = state(N, H, F, V, like) if initial else None
-    made = intra(r, k, w, a, b, cu_seqlens, scale, s, (B, T, H, K, N))
+    made, far = intra(r, k, w, a, b, cu_seqlens, scale, s, (B, T, H, K, N))
     common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
     hw, dhw = (torch.empty(B, T, H, V, dtype=common, device=like.device) for _ in range(2))
     hs, dhs = (state(chunks, H, F, V, like, common) for _ in range(2))
@@ -1195,8 +1335,8 @@ def bwd(r, k, v, w, a, b, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fals
         num_stages=t.num_stages,
     )
     t = s.bwd_intra
-    rwkv7_bwd_kernel[(chunks * H,)](
-        r, k, v, w, a, b,
+    by_key = dict(
+        far=far,
         B=made["B"],
         C=made["C"],
         rk=made["rk"],
@@ -1259,6 +1399,9 @@ def bwd(r, k, v, w, a, b, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fals
         num_warps=t.num_warps,
         num_stages=t.num_stages,
     )
+    if s.DOT == tl.bfloat16:
+        rwkv7_bwd_kernel[(chunks * H,)](r, k, v, w, a, b, TREE=False, **by_key)
+    rwkv7_bwd_kernel[(chunks * H,)](r, k, v, w, a, b, TREE=True, **by_key)
     return (((dr, t.BT),), ((dk, t.BT),), ((dv, t.BT),), ((dw, t.BT),), ((da, t.BT),), ((db, t.BT),), ), dh0
 
 
