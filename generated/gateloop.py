@@ -1479,17 +1479,17 @@ def scan(h, h0, gt, at, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def prepare(q, k, g, theta, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=None):
+def prepare(q, k, g, theta, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=None, A=None):
     """What the serial kernels read: qd, kd [B, T, H, 2, K], gn [chunks of BT tokens, H, 2, K], A [B, T, H, BT]; and far [B, T, H].
 
     Of the two halves of qd and kd one meets the real and one the imaginary part of a state; those of gn are log decay and angle.
 
-    qd, kd: where to, None for tensors of their own."""
+    qd, kd, A: where to, None for tensors of their own."""
     B, T, H, K, V, F, N = shape
     t = s.intra
     NP, rows = pieces(cu_seqlens, N, T, BT)
     qd, kd = (torch.empty(B, T, H, 2, K, dtype=s.checkpoint, device=like.device) if x is None else x for x in (qd, kd))
-    A = torch.empty(B, T, H, BT, dtype=s.checkpoint, device=like.device)
+    A = torch.empty(B, T, H, BT, dtype=s.checkpoint, device=like.device) if A is None else A
     gn = torch.empty(rows, H, 2, K, dtype=torch.float32, device=like.device)
     far = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
     common = dict(
@@ -1661,11 +1661,14 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
         """Where the gradient of the query or key is to be, if something of its shape may lie there until then."""
         return x if need and x is not None and x.dtype == s.checkpoint else None
 
-    # with dqd where qd was, no more than dkd needs memory beside the gradients
+    # no more than dkd needs memory beside the gradients: dqd comes where qd was, and A has been read when dkd comes
+    dkd = torch.empty(B, T, H, 2, K, dtype=s.checkpoint, device=like.device) if need_key or initial else None
+    BT = s.bwd.BT
     qd, kd, gn, A, far = prepare(
-        q, k, g, theta, shape, like, cu_seqlens, scale, s, s.bwd.BT,
+        q, k, g, theta, shape, like, cu_seqlens, scale, s, BT,
         qd=place(need_key, None),
         kd=place(need_query, None),
+        A=None if dkd is None or BT > K else dkd.view(-1)[: B * T * H * BT].view(B, T, H, BT),
     )
     values = dict(
         do=do,
@@ -1686,7 +1689,7 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
         V=V,
         F=F,
         LC=s.LC,
-        BT=s.bwd.BT,
+        BT=BT,
         DOT=s.DOT,
         PRECISION=s.PRECISION,
     )
@@ -1703,7 +1706,7 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     by_query = by_key | dict(qd=qd, L=L, NP=NP)
-    dhp = dh0 = dkd = None
+    dhp = dh0 = None
     if s.bwd_L:
         # the adjoints at the ends of the pieces
         dhp = state(rows, H, F, V, like)
@@ -1743,9 +1746,7 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
             num_stages=t.num_stages,
             **values,
         )
-    del A
     if need_key or initial:
-        dkd = torch.empty_like(qd)
         dh0 = state(N, H, F, V, like) if initial else None
         gateloop_dk_kernel[(rows * H * NK,)](
             v,

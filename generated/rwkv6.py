@@ -1236,15 +1236,15 @@ def scan(h, h0, gt, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def prepare(r, k, w, u, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=None):
+def prepare(r, k, w, u, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=None, A=None):
     """What the serial kernels read: qd, kd [B, T, H, K], gn [chunks of BT tokens, H, K], A [B, T, H, BT]; and far [B, T, H].
 
-    qd, kd: where to, None for tensors of their own."""
+    qd, kd, A: where to, None for tensors of their own."""
     B, T, H, K, V, F, N = shape
     t = s.intra
     NP, rows = pieces(cu_seqlens, N, T, BT)
     qd, kd = (torch.empty(B, T, H, K, dtype=s.checkpoint, device=like.device) if x is None else x for x in (qd, kd))
-    A = torch.empty(B, T, H, BT, dtype=s.checkpoint, device=like.device)
+    A = torch.empty(B, T, H, BT, dtype=s.checkpoint, device=like.device) if A is None else A
     gn = torch.empty(rows, H, K, dtype=torch.float32, device=like.device)
     far = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
     common = dict(
@@ -1411,11 +1411,14 @@ def bwd(r, k, v, w, u, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         """Where the gradient of the query or key is to be, if something of its shape may lie there until then."""
         return x if need and x is not None and x.dtype == s.checkpoint else None
 
-    # with dqd where qd was, no more than dkd needs memory beside the gradients
+    # no more than dkd needs memory beside the gradients: dqd comes where qd was, and A has been read when dkd comes
+    dkd = torch.empty(B, T, H, K, dtype=s.checkpoint, device=like.device) if need_key or initial else None
+    BT = s.bwd.BT
     qd, kd, gn, A, far = prepare(
-        r, k, w, u, shape, like, cu_seqlens, scale, s, s.bwd.BT,
+        r, k, w, u, shape, like, cu_seqlens, scale, s, BT,
         qd=place(need_key, dk),
         kd=place(need_query, dr),
+        A=None if dkd is None or BT > K else dkd.view(-1)[: B * T * H * BT].view(B, T, H, BT),
     )
     values = dict(
         do=do,
@@ -1436,7 +1439,7 @@ def bwd(r, k, v, w, u, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         V=V,
         F=F,
         LC=s.LC,
-        BT=s.bwd.BT,
+        BT=BT,
         DOT=s.DOT,
         PRECISION=s.PRECISION,
     )
@@ -1453,7 +1456,7 @@ def bwd(r, k, v, w, u, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     by_query = by_key | dict(qd=qd, L=L, NP=NP)
-    dhp = dh0 = dkd = None
+    dhp = dh0 = None
     if s.bwd_L:
         # the adjoints at the ends of the pieces
         dhp = state(rows, H, F, V, like)
@@ -1491,9 +1494,7 @@ def bwd(r, k, v, w, u, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             num_stages=t.num_stages,
             **values,
         )
-    del A
     if need_key or initial:
-        dkd = torch.empty_like(qd)
         dh0 = state(N, H, F, V, like) if initial else None
         rwkv6_dk_kernel[(rows * H * NK,)](
             v,
