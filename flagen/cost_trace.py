@@ -324,6 +324,12 @@ class _Run:
 
     do_broadcast_to = do_reshape
 
+    def do_join(self, x: Block, y: Block) -> Block:
+        return Block((*x.shape, 2), x.dtype)
+
+    def do_split(self, x: Block) -> tuple[Block, ...]:
+        return (Block(x.shape[:-1], x.dtype),) * 2
+
     def do_where(self, condition: Any, x: Any, y: Any) -> Any:
         if not isinstance(condition, Block) and not isinstance(x, Block) and not isinstance(y, Block):
             return x if condition else y
@@ -336,10 +342,8 @@ class _Run:
         self.work.reduced += self.weight
         if axis is None:
             return Block((), x.dtype)
-        shape = [n for i, n in enumerate(x.shape) if i != axis % len(x.shape)]
-        if keep_dims:
-            shape.insert(axis, 1)
-        return Block(tuple(shape), x.dtype)
+        one = (1,) if keep_dims else ()
+        return Block((*x.shape[: axis % len(x.shape)], *one, *x.shape[axis % len(x.shape) + 1 :]), x.dtype)
 
     do_max = do_min = do_sum
 
@@ -381,7 +385,7 @@ class _Run:
 
     def do_static_assert(self, *_: Any) -> None: ...
 
-    def do_assume(self, *_: Any) -> None: ...
+    do_assume = do_static_assert
 
     def do_multiple_of(self, x: Any, *_: Any) -> Any:
         return x

@@ -211,7 +211,8 @@ class Plan(ErasePlan):
     prepared, before = property(plan_rows.prepared), property(plan_rows.before)
     value_rows, written = property(plan_rows.value_rows), property(plan_rows.written)
     summed, telescopes = property(plan_rows.summed), property(plan_rows.telescopes)
-    early_factor = property(plan_rows.early_factor)
+    sum_column = property(plan_rows.sum_column)
+    early_factor, decay_tensors = property(plan_rows.early_factor), property(plan_rows.decay_tensors)
 
     @cached_property
     def value_block(self) -> Role:

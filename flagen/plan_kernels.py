@@ -28,7 +28,7 @@ def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
         return (*_by_key_forward(plan), scan, *_by_key_backward(plan), step)
     keys = tuple(one.name for one in plan.state_tensors if not one.is_constant)
     queries = tuple(one.name for one in plan.adjoint_tensors if not one.is_constant)
-    decays = tuple(one.name for one in plan.tensors_of("log_decay") if not one.is_constant)
+    decays = tuple(one.name for one in plan.decay_tensors if not one.is_constant) if plan.prepared else ()
     return (
         *((plan.held.kernel(plan.name),) if plan.stabilized else ()),
         *_prepared(plan, "gsum", decays, "the decay varies in time: its sums inside chunks"),
@@ -133,7 +133,7 @@ def _by_key_backward(plan: Plan) -> tuple[Kernel, ...]:
 
 
 def _prepared(plan: Plan, name: str, reads: tuple[str, ...], when: str) -> tuple[Kernel, ...]:
-    writes = ("rden", "dden") if name == "norm" else (name,)
+    writes = ("dden",) if name == "norm" else (name,)
     if writes[0] not in plan.before:
         return ()
     return (Kernel(name=f"{plan.name}_{name}_kernel", direction="either", reads=reads, writes=writes, when=when),)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .expr import Call, Expr, Number
-from .plan_parts import row_text
+from .plan_parts import leaves, row_text
 
 if TYPE_CHECKING:
     from .plan import Plan
+    from .plan_parts import TensorArg
 
 
 def split_rows(expr: Expr, channel: str) -> tuple[Expr | None, Expr]:
@@ -44,7 +45,9 @@ def split_value(plan: Plan) -> tuple[Expr | None, Expr]:
     """The value as its factor of rows, or None, and the rest; whole where there are no sweeps."""
     expr = plan.analysis.role("value")
     assert expr is not None, "every spec has a value"
-    return split_rows(expr, "v") if swept(plan) else (None, expr)
+    # what kernels have of a row of a decay is four numbers
+    whole = plan.exclusive and plan.gate is not None
+    return split_rows(expr, "v") if swept(plan) and not whole else (None, expr)
 
 
 def value_rows(plan: Plan) -> str:
@@ -56,6 +59,19 @@ def value_rows(plan: Plan) -> str:
 def prepared(plan: Plan) -> bool:
     """Whether sums of log decays are made before, by a kernel of their own."""
     return swept(plan) and plan.decay == "scalar"
+
+
+def decay_tensors(plan: Plan) -> tuple[TensorArg, ...]:
+    """What the kernel that prepares the sums reads: inputs of the decay, the key's gate and the value's factor."""
+    rows, _ = split_value(plan)
+    names = {one.name for one in plan.tensors_of("log_decay", "gate")}
+    names |= set() if rows is None else {leaf.name for leaf in leaves(rows)}
+    return tuple(one for one in plan.tensors if one.name in names)
+
+
+def sum_column(plan: Plan) -> int:
+    """In which of the four columns of what is prepared the sum of log decays up to and with a row is."""
+    return 0 if not plan.exclusive else 3 if plan.gate is not None else 1
 
 
 def summed(plan: Plan) -> bool:
@@ -75,7 +91,7 @@ def telescopes(plan: Plan) -> bool:
 
 def before(plan: Plan) -> tuple[str, ...]:
     """What sweeps read that a kernel has prepared."""
-    return ("gsum",) * prepared(plan) + ("rden", "dden") * (plan.normalized and swept(plan))
+    return ("gsum",) * prepared(plan) + ("dden",) * (plan.normalized and swept(plan))
 
 
 def written(plan: Plan) -> str:

@@ -190,7 +190,7 @@ def schedule(
     # these pieces begin at checkpoints and cost next to nothing: enough of them to fill the device evenly
     dq_L = piece(shape, -(-programs * -(-shape.K // rows.BV) // 8), device, LC)
     # with smaller states the pipeline of three stages gave wrong normalisers with Triton 3.6 on Hopper, and they moved
-    if plan.swept and not plan.stabilized and low and BT == 64 and BF == whole == 128 and device.shared >= STAGED:
+    if plan.swept and low and BT == 64 and BF == whole == 128 and device.shared >= STAGED:
         parts, fwd_L = cut(shape, BT, LC, BF, BV, device, 1)
         fwd = serial_tile(BT, BF, BV // parts)
         parts, bwd_L = cut(shape, BT, LC, BF, BV, device, 2)

@@ -44,14 +44,28 @@ def plus(b_x, b_y):
     return b_x - (-b_y)
 
 
-# For each row what the gradient of its output is multiplied by, rden, and the gradient of its normaliser, dden: [B, H, T]. A program owns a
-# head and BT tokens.
+@triton.jit
+def packed(b_x, b_y, b_z, b_w, BT: tl.constexpr):
+    """Four numbers a row as a block [BT, 4]."""
+    return tl.reshape(tl.join(tl.join(b_x, b_z), tl.join(b_y, b_w)), [BT, 4])
+
+
+@triton.jit
+def columns(b_x, BT: tl.constexpr):
+    """The four columns of a block [BT, 4]."""
+    b_even, b_odd = tl.split(tl.reshape(b_x, [BT, 2, 2]))
+    b_x, b_z = tl.split(b_even)
+    b_y, b_w = tl.split(b_odd)
+    return b_x, b_y, b_z, b_w
+
+
+# For each row what the gradient of its output is multiplied by, the gradient of its normaliser, and two zeros: dden [B, H, T, 4]. A program
+# owns a head and BT tokens.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def linear_norm_kernel(
     do,
     o,
     den,
-    rden,
     dden,
     cu_seqlens,
 
@@ -88,9 +102,8 @@ def linear_norm_kernel(
     b_n = tl.load(den + o_row, mask=m_t, other=1.0)
     b_rn = 1.0 / (b_n + 1e-06)
     b_dn = -tl.sum(b_do * b_o, 1) * b_rn * (1.0)
-    o_head = (i_b * H + i_h) * T + o_t
-    tl.store(rden + o_head, b_rn, mask=m_t)
-    tl.store(dden + o_head, b_dn, mask=m_t)
+    b_row = packed(b_rn, b_dn, b_rn * 0.0, b_rn * 0.0, BT)
+    tl.store(dden + ((i_b * H + i_h) * T + o_t)[:, None] * 4 + tl.arange(0, 4)[None, :], b_row, mask=m_t[:, None])
 
 
 # A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
@@ -225,16 +238,22 @@ def linear_fwd_kernel(
 
                 b_fq = b_query
                 b_qd = b_fq
-                # [BT, BT]
-                b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
-                b_A = b_s * b_D
                 # [BT, BV]
                 b_er = scale
                 b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
+                # [BT, BT]
+                b_wt = tl.zeros([BT, BT], dtype=DOT)
+                b_n = tl.zeros([BT], dtype=tl.float32)
+                if n_t > 0 if DOT == tl.bfloat16 else True:
+                    b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+                    b_A = b_s * b_D
+                    b_n = tl.sum(b_A, 1)
+                    b_wt = b_A.to(DOT)
+                # [BT, BV]
                 b_o *= b_er
                 # [BT]
-                b_n = tl.sum(b_qd.to(tl.float32) * b_z[None, :] * b_er, 1) + tl.sum(b_A, 1)
-                b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
+                b_n += tl.sum(b_qd.to(tl.float32) * b_z[None, :] * b_er, 1)
+                b_o = plus(b_o, tl.dot(b_wt, b_value.to(DOT), input_precision=PRECISION))
                 if den is not None:
                     if i_v == 0:
                         tl.store(den + o_row, b_n, mask=m_t)
@@ -334,7 +353,6 @@ def linear_scan_kernel(
 def linear_bwd_state_kernel(
     q,
     do,
-    rden,
     dden,
     dz,
     dh,
@@ -375,10 +393,8 @@ def linear_bwd_state_kernel(
     i_ph = i_p.to(tl.int64) * H + i_h
     q += i_b * q_sb
     q += (i_h // G_q) * q_sh
-    if rden is not None:
-        rden += (i_b * H + i_h) * T
     if dden is not None:
-        dden += (i_b * H + i_h) * T
+        dden += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -419,8 +435,7 @@ def linear_bwd_state_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT]
-        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
-        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
+        b_rn, b_dn, _, _ = columns(tl.load(dden + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
         b_er = scale
         b_dod = b_do * (b_er * b_rn[:, None])
         b_dnd = b_dn[:, None] * b_er
@@ -446,7 +461,6 @@ def linear_dq_kernel(
     k,
     v,
     do,
-    rden,
     dden,
     zc,
     hc,
@@ -504,10 +518,8 @@ def linear_dq_kernel(
     k += (i_h // G_k) * k_sh
     v += i_b * v_sb
     v += (i_h // G_v) * v_sh
-    if rden is not None:
-        rden += (i_b * H + i_h) * T
     if dden is not None:
-        dden += (i_b * H + i_h) * T
+        dden += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -558,14 +570,15 @@ def linear_dq_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT]
-        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
-        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
+        b_rn, b_dn, _, _ = columns(tl.load(dden + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
         b_er = scale
         # [BT, BT]
-        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        b_dA = b_dA * b_rn[:, None] + b_dn[:, None]
+        b_dA = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            b_dw = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+            b_dw = b_dw * b_rn[:, None] + b_dn[:, None]
 
-        b_dA = (b_dA * b_D).to(DOT)
+            b_dA = (b_dw * b_D).to(DOT)
         # [BT, BK]
         b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
         b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
@@ -589,7 +602,6 @@ def linear_dk_kernel(
     k,
     v,
     do,
-    rden,
     dden,
     zc,
     dzt,
@@ -655,10 +667,8 @@ def linear_dk_kernel(
     k += (i_h // G_k) * k_sh
     v += i_b * v_sb
     v += (i_h // G_v) * v_sh
-    if rden is not None:
-        rden += (i_b * H + i_h) * T
     if dden is not None:
-        dden += (i_b * H + i_h) * T
+        dden += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -718,18 +728,20 @@ def linear_dk_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT]
-        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
-        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
+        b_rn, b_dn, _, _ = columns(tl.load(dden + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
         b_er = scale
         b_dnd = b_dn[:, None] * b_er
+        # [BT, BK]
+        b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
-        b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
-        b_dA = b_dA * b_rn[None, :] + b_dn[None, :]
+        b_dA = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            b_dw = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
+            b_dw = b_dw * b_rn[None, :] + b_dn[None, :]
 
-        b_dA = (b_dA * b_D).to(DOT)
+            b_dA = (b_dw * b_D).to(DOT)
         # [BT, BK]
         b_dkey = tl.dot(b_dA, b_query.to(DOT), input_precision=PRECISION)
-        b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         b_dfk = b_dfk + b_dz[None, :]
         b_dkey = plus(b_dkey, b_dfk)
         if dk is not None:
@@ -755,7 +767,6 @@ def linear_dv_kernel(
     k,
     v,
     do,
-    rden,
     dden,
     dht,
     dhp,
@@ -815,10 +826,8 @@ def linear_dv_kernel(
     k += (i_h // G_k) * k_sh
     v += i_b * v_sb
     v += (i_h // G_v) * v_sh
-    if rden is not None:
-        rden += (i_b * H + i_h) * T
     if dden is not None:
-        dden += (i_b * H + i_h) * T
+        dden += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -872,16 +881,18 @@ def linear_dv_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT]
-        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
+        b_rn, b_dn, _, _ = columns(tl.load(dden + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
         b_er = scale
         b_dod = b_do * (b_er * b_rn[:, None])
-        # [BT, BT]
-        b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
-        b_A = b_s * b_D
-        b_A *= b_rn[None, :]
         # [BT, BV]
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-        b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), input_precision=PRECISION)
+        # [BT, BT]
+        b_wt = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
+            b_A = b_s * b_D
+            b_wt = (b_A * b_rn[None, :]).to(DOT)
+        b_dvalue = tl.dot(b_wt, b_do.to(DOT), input_precision=PRECISION)
         b_dvalue = plus(b_dvalue, b_dvi)
         if dv is not None:
             b_dv_ = b_dvalue
@@ -1133,7 +1144,7 @@ def scan(h, h0, z, z0, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def adjoints(q, do, rden, dden, dht, dzt, cu_seqlens, scale, s, shape):
+def adjoints(q, do, dden, dht, dzt, cu_seqlens, scale, s, shape):
     """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens; of the sums [rows, H, F]."""
     N, T, H, K, V, F = shape
     t = s.bwd
@@ -1144,7 +1155,6 @@ def adjoints(q, do, rden, dden, dht, dzt, cu_seqlens, scale, s, shape):
     linear_bwd_state_kernel[(rows * H * NV,)](
         q,
         do=do,
-        rden=rden,
         dden=dden,
         dz=dzp,
         dh=dhp,
@@ -1239,14 +1249,12 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         NEED_BONUS=False,
     )
     parts = [[] for _ in needs]
-    rden = torch.empty(B, H, T, dtype=torch.float32, device=like.device)
-    dden = torch.empty_like(rden)
+    dden = torch.empty(B, H, T, 4, dtype=torch.float32, device=like.device)
     NP, rows = pieces(cu_seqlens, N, T, 32)
     linear_norm_kernel[(rows * H,)](
         do,
         o,
         den,
-        rden,
         dden,
 
         cu_seqlens,
@@ -1270,7 +1278,6 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         linear_dq_kernel[(rows * H * NK,)](
             q, k, v,
             do=do,
-            rden=rden,
             dden=dden,
             zc=zc,
             hc=hc,
@@ -1292,7 +1299,7 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
     dhp = dh0 = None
     dzp = dz0 = None
     if s.bwd_L:
-        dhp, dzp = adjoints(q, do, rden, dden, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
+        dhp, dzp = adjoints(q, do, dden, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
     if any((needs[1],)) or need_decay or initial:
         dh0 = state(N, H, F, V, like) if initial else None
         dz0 = torch.empty(N, H, F, dtype=torch.float32, device=like.device) if initial else None
@@ -1301,7 +1308,6 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         linear_dk_kernel[(rows * H * NK,)](
             q, k, v,
             do=do,
-            rden=rden,
             dden=dden,
             zc=zc,
             dzt=dzt,
@@ -1330,7 +1336,6 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         linear_dv_kernel[(rows * H * NV,)](
             q, k, v,
             do=do,
-            rden=rden,
             dden=dden,
             dht=dht,
             dhp=dhp,

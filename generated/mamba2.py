@@ -47,6 +47,21 @@ def plus(b_x, b_y):
 
 
 @triton.jit
+def packed(b_x, b_y, b_z, b_w, BT: tl.constexpr):
+    """Four numbers a row as a block [BT, 4]."""
+    return tl.reshape(tl.join(tl.join(b_x, b_z), tl.join(b_y, b_w)), [BT, 4])
+
+
+@triton.jit
+def columns(b_x, BT: tl.constexpr):
+    """The four columns of a block [BT, 4]."""
+    b_even, b_odd = tl.split(tl.reshape(b_x, [BT, 2, 2]))
+    b_x, b_z = tl.split(b_even)
+    b_y, b_w = tl.split(b_odd)
+    return b_x, b_y, b_z, b_w
+
+
+@triton.jit
 def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
     """Sums of the rows of b_x [BT, BC] picked by m_steps [BT, BT], as a product. With bf16 operands b_x is taken in PARTS
     parts: one is exact where b_x is bf16, two are good to 2^-17, three to 2^-25.
@@ -63,7 +78,8 @@ def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISIO
     return tl.dot(m_steps.to(tl.float32), b_x, input_precision=SUM_PRECISION)
 
 
-# For each row the log2 of the decay since its chunk's start: gsum [B, H, T]. A program owns a head and the LC tokens of a checkpoint.
+# For each row the log2 of the decay since its chunk's start, to what it reads and to where it is written; the decay from there to the
+# chunk's end; and the value's factor: gsum [B, H, T, 4]. A program owns a head and the LC tokens of a checkpoint.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def mamba2_gsum_kernel(
     dt,
@@ -98,8 +114,20 @@ def mamba2_gsum_kernel(
     b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
     # [BT]
     b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-    b_c = tl.reshape(tl.cumsum(tl.reshape(b_ld * RCP_LN2, [LC // BT, BT]), 1), [LC])
-    tl.store(gsum + (i_b * H + i_h) * T + o_t, b_c, mask=m_t)
+    # [LC / BT, BT]
+    b_sums = tl.cumsum(tl.reshape(b_ld * RCP_LN2, [LC // BT, BT]), 1)
+    b_last = tl.sum(tl.where(tl.arange(0, BT)[None, :] == BT - 1, b_sums, 0.0), 1)
+    b_rest = tl.reshape(b_last[:, None] - b_sums, [LC])
+    b_sums = tl.reshape(b_sums, [LC])
+    # rows of four: to what is read, to where it is written, from there to the end, the value's factor
+    b_row = packed(
+        b_sums,
+        b_sums,
+        tl.exp2(b_rest),
+        tl.where(m_t, b_dt, 0.0),
+        LC,
+    )
+    tl.store(gsum + ((i_b * H + i_h) * T + o_t)[:, None] * 4 + tl.arange(0, 4)[None, :], b_row, mask=m_t[:, None])
 
 
 # A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
@@ -180,7 +208,7 @@ def mamba2_fwd_kernel(
     dt += (i_h // G_dt) * dt_sh
     A_log += (i_h // G_A_log) * A_log_sh
     if gsum is not None:
-        gsum += (i_b * H + i_h) * T
+        gsum += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -239,17 +267,12 @@ def mamba2_fwd_kernel(
             b_vf = tl.where(m_t, b_dt, 0.0)
             # [BT]
             if gsum is not None:
-                p_c = gsum + i_t
-                i_e = i_lo + n_t - 1
-                b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
-                b_cr = b_c
-                b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+                b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
+                b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
             else:
                 # [BT]
                 b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-            if gsum is not None:
-                b_ek = tl.exp2(b_ce - b_c)
-            else:
+            if gsum is None:
                 b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
             b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
             if o is not None:
@@ -257,21 +280,25 @@ def mamba2_fwd_kernel(
                 b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
                 b_fq = b_query
                 b_qd = b_fq
-                # [BT, BT]
-                m_pair = o_i[:, None] >= o_i[None, :]
-                if gsum is not None:
-                    # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-                    b_D = tl.exp2(b_cr[:, None] - b_c[None, :])
-                else:
-                    b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
-                b_D = tl.where(m_pair, b_D * (b_vf * scale)[None, :], 0.0)
-                b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
-                b_A = b_s * b_D
                 # [BT, BV]
                 b_er = (b_eq * scale)[:, None]
                 b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
+                # [BT, BT]
+                b_wt = tl.zeros([BT, BT], dtype=DOT)
+                if n_t > 0 if DOT == tl.bfloat16 else True:
+                    m_pair = o_i[:, None] >= o_i[None, :]
+                    if gsum is not None:
+                        # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+                        b_D = tl.exp2(b_cr[:, None] - b_c[None, :])
+                    else:
+                        b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
+                    b_D = tl.where(m_pair, b_D * (b_vf * scale)[None, :], 0.0)
+                    b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+                    b_A = b_s * b_D
+                    b_wt = b_A.to(DOT)
+                # [BT, BV]
                 b_o *= b_er
-                b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
+                b_o = plus(b_o, tl.dot(b_wt, b_value.to(DOT), input_precision=PRECISION))
                 p_o = o + (o_row[:, None] * V + o_v[None, :])
                 tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
             b_fk = b_key
@@ -401,7 +428,7 @@ def mamba2_bwd_state_kernel(
     dt += (i_h // G_dt) * dt_sh
     A_log += (i_h // G_A_log) * A_log_sh
     if gsum is not None:
-        gsum += (i_b * H + i_h) * T
+        gsum += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -437,11 +464,8 @@ def mamba2_bwd_state_kernel(
         b_query = b_q
         # [BT]
         if gsum is not None:
-            p_c = gsum + i_t
-            i_e = i_lo + n_t - 1
-            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
-            b_cr = b_c
-            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+            b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
+            b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
         else:
             # [BT]
             b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
@@ -547,7 +571,7 @@ def mamba2_dq_kernel(
     dt += (i_h // G_dt) * dt_sh
     A_log += (i_h // G_A_log) * A_log_sh
     if gsum is not None:
-        gsum += (i_b * H + i_h) * T
+        gsum += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -596,18 +620,13 @@ def mamba2_dq_kernel(
         b_vf = tl.where(m_t, b_dt, 0.0)
         # [BT]
         if gsum is not None:
-            p_c = gsum + i_t
-            i_e = i_lo + n_t - 1
-            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
-            b_cr = b_c
-            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+            b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
+            b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
         else:
             # [BT]
             b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
-        if gsum is not None:
-            b_ek = tl.exp2(b_ce - b_c)
-        else:
+        if gsum is None:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
         b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
@@ -615,19 +634,22 @@ def mamba2_dq_kernel(
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
         b_dod = b_do * b_er
+        # [BT, BK]: before the pairs, whose blocks it would find in registers
+        b_dfq = tl.dot(b_dod.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
-        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        m_pair = o_i[:, None] >= o_i[None, :]
-        if gsum is not None:
-            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp2(b_cr[:, None] - b_c[None, :])
-        else:
-            b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
-        b_D = tl.where(m_pair, b_D * (b_vf * scale)[None, :], 0.0)
-        b_dA = (b_dA * b_D).to(DOT)
+        b_dA = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            b_dw = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+            m_pair = o_i[:, None] >= o_i[None, :]
+            if gsum is not None:
+                # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+                b_D = tl.exp2(b_cr[:, None] - b_c[None, :])
+            else:
+                b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
+            b_D = tl.where(m_pair, b_D * (b_vf * scale)[None, :], 0.0)
+            b_dA = (b_dw * b_D).to(DOT)
         # [BT, BK]
         b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
-        b_dfq = tl.dot(b_dod.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
         b_dquery = plus(b_dquery, b_dfq)
         if NEED_DECAY:
             # [BT]
@@ -727,7 +749,7 @@ def mamba2_dk_kernel(
     dt += (i_h // G_dt) * dt_sh
     A_log += (i_h // G_A_log) * A_log_sh
     if gsum is not None:
-        gsum += (i_b * H + i_h) * T
+        gsum += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -783,18 +805,13 @@ def mamba2_dk_kernel(
         b_vf = tl.where(m_t, b_dt, 0.0)
         # [BT]
         if gsum is not None:
-            p_c = gsum + i_t
-            i_e = i_lo + n_t - 1
-            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
-            b_cr = b_c
-            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+            b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
+            b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
         else:
             # [BT]
             b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
-        if gsum is not None:
-            b_ek = tl.exp2(b_ce - b_c)
-        else:
+        if gsum is None:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
         b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
@@ -802,21 +819,24 @@ def mamba2_dk_kernel(
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
         b_dod = b_do * b_er
+        b_vd = b_value * (b_ek * b_vf)[:, None]
+        # [BT, BK]
+        b_dfk = tl.dot(b_vd.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
-        b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
-        m_pair = o_i[None, :] >= o_i[:, None]
-        if gsum is not None:
-            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp2(b_cr[None, :] - b_c[:, None])
-        else:
-            b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
-            b_D = tl.trans(b_D)
-        b_D = tl.where(m_pair, b_D * (b_vf * scale)[:, None], 0.0)
-        b_dA = (b_dA * b_D).to(DOT)
+        b_dA = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            b_dw = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
+            m_pair = o_i[None, :] >= o_i[:, None]
+            if gsum is not None:
+                # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+                b_D = tl.exp2(b_cr[None, :] - b_c[:, None])
+            else:
+                b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
+                b_D = tl.trans(b_D)
+            b_D = tl.where(m_pair, b_D * (b_vf * scale)[:, None], 0.0)
+            b_dA = (b_dw * b_D).to(DOT)
         # [BT, BK]
         b_dkey = tl.dot(b_dA, b_query.to(DOT), input_precision=PRECISION)
-        b_vd = b_value * (b_ek * b_vf)[:, None]
-        b_dfk = tl.dot(b_vd.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         b_dkey = plus(b_dkey, b_dfk)
         if NEED_DECAY:
             # [BT]
@@ -833,7 +853,7 @@ def mamba2_dk_kernel(
                 i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
                 p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
                 b_ch = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
-                b_all = tl.sum(tl.sum(b_ch * b_dh, 1), 0)
+                b_all = tl.sum(b_ch * b_dh)
                 tl.store(hdh + i_k.to(tl.int64) * hdh_sp + i_s, b_all)
 
 
@@ -923,7 +943,7 @@ def mamba2_dv_kernel(
     dt += (i_h // G_dt) * dt_sh
     A_log += (i_h // G_A_log) * A_log_sh
     if gsum is not None:
-        gsum += (i_b * H + i_h) * T
+        gsum += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -976,18 +996,13 @@ def mamba2_dv_kernel(
         b_key = b_k
         # [BT]
         if gsum is not None:
-            p_c = gsum + i_t
-            i_e = i_lo + n_t - 1
-            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
-            b_cr = b_c
-            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+            b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
+            b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
         else:
             # [BT]
             b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
-        if gsum is not None:
-            b_ek = tl.exp2(b_ce - b_c)
-        else:
+        if gsum is None:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
         b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
@@ -995,20 +1010,23 @@ def mamba2_dv_kernel(
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
         b_dod = b_do * b_er
-        # [BT, BT]
-        m_pair = o_i[None, :] >= o_i[:, None]
-        if gsum is not None:
-            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp2(b_cr[None, :] - b_c[:, None])
-        else:
-            b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
-            b_D = tl.trans(b_D)
-        b_D = tl.where(m_pair, b_D * scale, 0.0)
-        b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
-        b_A = b_s * b_D
         # [BT, BV]
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-        b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), input_precision=PRECISION)
+        # [BT, BT]
+        b_wt = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            m_pair = o_i[None, :] >= o_i[:, None]
+            if gsum is not None:
+                # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+                b_D = tl.exp2(b_cr[None, :] - b_c[:, None])
+            else:
+                b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
+                b_D = tl.trans(b_D)
+            b_D = tl.where(m_pair, b_D * scale, 0.0)
+            b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
+            b_A = b_s * b_D
+            b_wt = b_A.to(DOT)
+        b_dvalue = tl.dot(b_wt, b_do.to(DOT), input_precision=PRECISION)
         b_dvalue = plus(b_dvalue, b_dvi * b_ek[:, None])
         if dv is not None:
             b_dv_ = b_dvalue * (b_dt[:, None])
@@ -1238,13 +1256,13 @@ def state(rows, H, F, V, like, dtype=torch.float32, make=torch.empty):
 
 
 def decays(dt, A_log, cu_seqlens, s, BT, shape):
-    """For each row the log2 of the decay since its chunk's start, [B, H, T] fp32; None where steps are summed exactly."""
+    """For each row what gsum's kernel makes of its decay, [B, H, T, 4] fp32; None where steps are summed exactly."""
     N, T, H = shape
     if s.DOT != tl.bfloat16:
         return None
     NP, rows = pieces(cu_seqlens, N, T, s.LC)
     like = dt
-    gsum = torch.empty(N if cu_seqlens is None else 1, H, T, dtype=torch.float32, device=like.device)
+    gsum = torch.empty(N if cu_seqlens is None else 1, H, T, 4, dtype=torch.float32, device=like.device)
     mamba2_gsum_kernel[(rows * H,)](
         dt, A_log,
         gsum=gsum,

@@ -49,6 +49,21 @@ def plus(b_x, b_y):
 
 
 @triton.jit
+def packed(b_x, b_y, b_z, b_w, BT: tl.constexpr):
+    """Four numbers a row as a block [BT, 4]."""
+    return tl.reshape(tl.join(tl.join(b_x, b_z), tl.join(b_y, b_w)), [BT, 4])
+
+
+@triton.jit
+def columns(b_x, BT: tl.constexpr):
+    """The four columns of a block [BT, 4]."""
+    b_even, b_odd = tl.split(tl.reshape(b_x, [BT, 2, 2]))
+    b_x, b_z = tl.split(b_even)
+    b_y, b_w = tl.split(b_odd)
+    return b_x, b_y, b_z, b_w
+
+
+@triton.jit
 def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
     """Sums of the rows of b_x [BT, BC] picked by m_steps [BT, BT], as a product. With bf16 operands b_x is taken in PARTS
     parts: one is exact where b_x is bf16, two are good to 2^-17, three to 2^-25.
@@ -154,16 +169,25 @@ def mlstm_peak_kernel(
             tl.store(mt + i_nh, last(b_peak, BT))
 
 
-# For each row the log2 of the decay since its chunk's start: gsum [B, H, T]. A program owns a head and the LC tokens of a checkpoint.
+# For each row the log2 of the decay since its chunk's start, to what it reads and to where it is written, with the key's gate; the decay from there to the
+# chunk's end; and the value's factor: gsum [B, H, T, 4]. A program owns a head and the LC tokens of a checkpoint.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def mlstm_gsum_kernel(
+    ig,
     fg,
+    peak,
     rise,
     gsum,
     cu_seqlens,
+    ig_sb,
+    ig_st,
+    ig_sh,
     fg_sb,
     fg_st,
     fg_sh,
+    peak_sb,
+    peak_st,
+    peak_sh,
     rise_sb,
     rise_st,
     rise_sh,
@@ -171,7 +195,9 @@ def mlstm_gsum_kernel(
     T,
     H,
     NP,
+    G_ig: tl.constexpr,
     G_fg: tl.constexpr,
+    G_peak: tl.constexpr,
     G_rise: tl.constexpr,
     LC: tl.constexpr,
     BT: tl.constexpr,
@@ -181,31 +207,52 @@ def mlstm_gsum_kernel(
     i_n, i_start, i_end, _, _ = locate(i_p, cu_seqlens, N, T, LC, NP)
     i_n = i_n.to(tl.int64)
     i_b = i_n if cu_seqlens is None else i_n * 0
+    ig += i_b * ig_sb
+    ig += (i_h // G_ig) * ig_sh
     fg += i_b * fg_sb
     fg += (i_h // G_fg) * fg_sh
+    peak += i_b * peak_sb
+    peak += (i_h // G_peak) * peak_sh
     rise += i_b * rise_sb
     rise += (i_h // G_rise) * rise_sh
 
     o_t = (i_start // LC).to(tl.int64) * LC + tl.arange(0, LC)
     m_t = (o_t >= i_start) & (o_t < i_end)
     # [BT]
+    b_ig = tl.load(ig + o_t * ig_st, mask=m_t, other=0.0).to(tl.float32)
+    # [BT]
     b_fg = tl.load(fg + o_t * fg_st, mask=m_t, other=0.0).to(tl.float32)
+    # [BT]
+    b_peak = tl.load(peak + o_t * peak_st, mask=m_t, other=0.0)
     # [BT]
     b_rise = tl.load(rise + o_t * rise_st, mask=m_t, other=0.0)
     # [BT]
     b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-    b_c = tl.reshape(tl.cumsum(tl.reshape(b_ld * RCP_LN2, [LC // BT, BT]), 1), [LC])
-    tl.store(gsum + (i_b * H + i_h) * T + o_t, b_c, mask=m_t)
+    # [BT]: natural log of the key's factor, <= 0
+    b_lg = tl.where(m_t, b_ig - b_peak, 0.0)
+    # [LC / BT, BT]
+    b_sums = tl.cumsum(tl.reshape(b_ld * RCP_LN2, [LC // BT, BT]), 1)
+    b_last = tl.sum(tl.where(tl.arange(0, BT)[None, :] == BT - 1, b_sums, 0.0), 1)
+    b_rest = tl.reshape(b_last[:, None] - b_sums, [LC])
+    b_sums = tl.reshape(b_sums, [LC])
+    # rows of four: to what is read, to where it is written, from there to the end, the value's factor
+    b_row = packed(
+        b_sums,
+        b_sums - b_lg * RCP_LN2,
+        tl.exp2(b_rest + b_lg * RCP_LN2),
+        b_sums,
+        LC,
+    )
+    tl.store(gsum + ((i_b * H + i_h) * T + o_t)[:, None] * 4 + tl.arange(0, 4)[None, :], b_row, mask=m_t[:, None])
 
 
-# For each row what the gradient of its output is multiplied by, rden, and the gradient of its normaliser, dden: [B, H, T]. A program owns a
-# head and BT tokens.
+# For each row what the gradient of its output is multiplied by, the gradient of its normaliser, and two zeros: dden [B, H, T, 4]. A program
+# owns a head and BT tokens.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def mlstm_norm_kernel(
     do,
     o,
     den,
-    rden,
     dden,
     peak,
     cu_seqlens,
@@ -247,9 +294,8 @@ def mlstm_norm_kernel(
     b_n = tl.load(den + o_row, mask=m_t, other=1.0)
     b_rn = 1.0 / (tl.maximum(tl.abs(b_n), tl.exp(tl.minimum(-b_peak, 80.0))))
     b_dn = -tl.sum(b_do * b_o, 1) * b_rn * (tl.where(tl.abs(b_n) - tl.exp(tl.minimum(-b_peak, 80.0)) > 0.0, 1.0, tl.where(tl.abs(b_n) - tl.exp(tl.minimum(-b_peak, 80.0)) < 0.0, 0.0, 0.5)) * tl.where(b_n > 0.0, 1.0, tl.where(b_n < 0.0, -1.0, 0.0)))
-    o_head = (i_b * H + i_h) * T + o_t
-    tl.store(rden + o_head, b_rn, mask=m_t)
-    tl.store(dden + o_head, b_dn, mask=m_t)
+    b_row = packed(b_rn, b_dn, b_rn * 0.0, b_rn * 0.0, BT)
+    tl.store(dden + ((i_b * H + i_h) * T + o_t)[:, None] * 4 + tl.arange(0, 4)[None, :], b_row, mask=m_t[:, None])
 
 
 # A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
@@ -351,7 +397,7 @@ def mlstm_fwd_kernel(
     rise += i_b * rise_sb
     rise += (i_h // G_rise) * rise_sh
     if gsum is not None:
-        gsum += (i_b * H + i_h) * T
+        gsum += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -418,19 +464,14 @@ def mlstm_fwd_kernel(
             b_value = b_v
             # [BT]
             if gsum is not None:
-                p_c = gsum + i_t
-                i_e = i_lo + n_t - 1
-                b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
-                b_cr = b_c
-                b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+                b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
+                b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
             else:
                 # [BT]
                 b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
             # [BT]: natural log of the key's factor, <= 0
             b_lg = tl.where(m_t, b_ig - b_peak, 0.0)
-            if gsum is not None:
-                b_ek = tl.exp2(b_ce - b_c + b_lg * RCP_LN2)
-            else:
+            if gsum is None:
                 b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1) + b_lg)
             b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
             if o is not None:
@@ -438,23 +479,29 @@ def mlstm_fwd_kernel(
                 b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
                 b_fq = b_query
                 b_qd = b_fq
-                # [BT, BT]
-                m_pair = o_i[:, None] >= o_i[None, :]
-                if gsum is not None:
-                    # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-                    b_D = tl.exp2(b_cr[:, None] - (b_c - b_lg * RCP_LN2)[None, :])
-                else:
-                    b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
-                b_D = tl.where(m_pair, b_D * scale, 0.0)
-                b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
-                b_A = b_s * b_D
                 # [BT, BV]
                 b_er = (b_eq * scale)[:, None]
                 b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
+                # [BT, BT]
+                b_wt = tl.zeros([BT, BT], dtype=DOT)
+                b_n = tl.zeros([BT], dtype=tl.float32)
+                if n_t > 0 if DOT == tl.bfloat16 else True:
+                    m_pair = o_i[:, None] >= o_i[None, :]
+                    if gsum is not None:
+                        # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+                        b_D = tl.exp2(b_cr[:, None] - b_c[None, :])
+                    else:
+                        b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
+                    b_D = tl.where(m_pair, b_D * scale, 0.0)
+                    b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+                    b_A = b_s * b_D
+                    b_n = tl.sum(b_A, 1)
+                    b_wt = b_A.to(DOT)
+                # [BT, BV]
                 b_o *= b_er
                 # [BT]
-                b_n = tl.sum(b_qd.to(tl.float32) * b_z[None, :] * b_er, 1) + tl.sum(b_A, 1)
-                b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
+                b_n += tl.sum(b_qd.to(tl.float32) * b_z[None, :] * b_er, 1)
+                b_o = plus(b_o, tl.dot(b_wt, b_value.to(DOT), input_precision=PRECISION))
                 if den is not None:
                     if i_v == 0:
                         tl.store(den + o_row, b_n, mask=m_t)
@@ -560,7 +607,6 @@ def mlstm_bwd_state_kernel(
     fg,
     rise,
     do,
-    rden,
     dden,
     dz,
     dh,
@@ -616,11 +662,9 @@ def mlstm_bwd_state_kernel(
     rise += i_b * rise_sb
     rise += (i_h // G_rise) * rise_sh
     if gsum is not None:
-        gsum += (i_b * H + i_h) * T
-    if rden is not None:
-        rden += (i_b * H + i_h) * T
+        gsum += (i_b * H + i_h) * T * 4
     if dden is not None:
-        dden += (i_b * H + i_h) * T
+        dden += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -659,11 +703,8 @@ def mlstm_bwd_state_kernel(
         b_query = b_q
         # [BT]
         if gsum is not None:
-            p_c = gsum + i_t
-            i_e = i_lo + n_t - 1
-            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
-            b_cr = b_c
-            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+            b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
+            b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
         else:
             # [BT]
             b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
@@ -676,8 +717,7 @@ def mlstm_bwd_state_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT]
-        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
-        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
+        b_rn, b_dn, _, _ = columns(tl.load(dden + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
         b_er = (b_eq * scale)[:, None]
         b_dod = b_do * (b_er * b_rn[:, None])
         b_dnd = b_dn[:, None] * b_er
@@ -710,7 +750,6 @@ def mlstm_dq_kernel(
     rise,
     do,
     gsum,
-    rden,
     dden,
     zc,
     hc,
@@ -795,11 +834,9 @@ def mlstm_dq_kernel(
     rise += i_b * rise_sb
     rise += (i_h // G_rise) * rise_sh
     if gsum is not None:
-        gsum += (i_b * H + i_h) * T
-    if rden is not None:
-        rden += (i_b * H + i_h) * T
+        gsum += (i_b * H + i_h) * T * 4
     if dden is not None:
-        dden += (i_b * H + i_h) * T
+        dden += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -852,40 +889,36 @@ def mlstm_dq_kernel(
         b_value = b_v
         # [BT]
         if gsum is not None:
-            p_c = gsum + i_t
-            i_e = i_lo + n_t - 1
-            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
-            b_cr = b_c
-            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+            b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
+            b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
         else:
             # [BT]
             b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         # [BT]: natural log of the key's factor, <= 0
         b_lg = tl.where(m_t, b_ig - b_peak, 0.0)
         b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
-        if gsum is not None:
-            b_ek = tl.exp2(b_ce - b_c + b_lg * RCP_LN2)
-        else:
+        if gsum is None:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1) + b_lg)
         b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT]
-        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
-        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
+        b_rn, b_dn, _, _ = columns(tl.load(dden + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
         b_er = (b_eq * scale)[:, None]
         # [BT, BT]
-        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        b_dA = b_dA * b_rn[:, None] + b_dn[:, None]
-        m_pair = o_i[:, None] >= o_i[None, :]
-        if gsum is not None:
-            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp2(b_cr[:, None] - (b_c - b_lg * RCP_LN2)[None, :])
-        else:
-            b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
-        b_D = tl.where(m_pair, b_D * scale, 0.0)
-        b_dA = (b_dA * b_D).to(DOT)
+        b_dA = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            b_dw = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+            b_dw = b_dw * b_rn[:, None] + b_dn[:, None]
+            m_pair = o_i[:, None] >= o_i[None, :]
+            if gsum is not None:
+                # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+                b_D = tl.exp2(b_cr[:, None] - b_c[None, :])
+            else:
+                b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
+            b_D = tl.where(m_pair, b_D * scale, 0.0)
+            b_dA = (b_dw * b_D).to(DOT)
         # [BT, BK]
         b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
         b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
@@ -919,7 +952,6 @@ def mlstm_dk_kernel(
     rise,
     do,
     gsum,
-    rden,
     dden,
     zc,
     dzt,
@@ -1014,11 +1046,9 @@ def mlstm_dk_kernel(
     rise += i_b * rise_sb
     rise += (i_h // G_rise) * rise_sh
     if gsum is not None:
-        gsum += (i_b * H + i_h) * T
-    if rden is not None:
-        rden += (i_b * H + i_h) * T
+        gsum += (i_b * H + i_h) * T * 4
     if dden is not None:
-        dden += (i_b * H + i_h) * T
+        dden += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -1080,45 +1110,42 @@ def mlstm_dk_kernel(
         b_value = b_v
         # [BT]
         if gsum is not None:
-            p_c = gsum + i_t
-            i_e = i_lo + n_t - 1
-            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
-            b_cr = b_c
-            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+            b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
+            b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
         else:
             # [BT]
             b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         # [BT]: natural log of the key's factor, <= 0
         b_lg = tl.where(m_t, b_ig - b_peak, 0.0)
         b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
-        if gsum is not None:
-            b_ek = tl.exp2(b_ce - b_c + b_lg * RCP_LN2)
-        else:
+        if gsum is None:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1) + b_lg)
         b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT]
-        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
-        b_dn = tl.load(dden + o_t, mask=m_t, other=0.0)
+        b_rn, b_dn, _, _ = columns(tl.load(dden + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
         b_er = (b_eq * scale)[:, None]
         b_dnd = b_dn[:, None] * b_er
+        # [BT, BK]
+        b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
-        b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
-        b_dA = b_dA * b_rn[None, :] + b_dn[None, :]
-        m_pair = o_i[None, :] >= o_i[:, None]
-        if gsum is not None:
-            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp2(b_cr[None, :] - (b_c - b_lg * RCP_LN2)[:, None])
-        else:
-            b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
-            b_D = tl.trans(b_D)
-        b_D = tl.where(m_pair, b_D * scale, 0.0)
-        b_dA = (b_dA * b_D).to(DOT)
+        b_dA = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            b_dw = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
+            b_dw = b_dw * b_rn[None, :] + b_dn[None, :]
+            m_pair = o_i[None, :] >= o_i[:, None]
+            if gsum is not None:
+                # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+                b_D = tl.exp2(b_cr[None, :] - b_c[:, None])
+            else:
+                b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
+                b_D = tl.trans(b_D)
+            b_D = tl.where(m_pair, b_D * scale, 0.0)
+            b_dA = (b_dw * b_D).to(DOT)
         # [BT, BK]
         b_dkey = tl.dot(b_dA, b_query.to(DOT), input_precision=PRECISION)
-        b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         b_dfk = b_dfk + b_dz[None, :]
         b_dkey = plus(b_dkey, b_dfk * b_ek[:, None])
         if NEED_DECAY:
@@ -1139,7 +1166,7 @@ def mlstm_dk_kernel(
                 p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
                 b_ch = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
                 b_cz = tl.load(zc + i_s * F + o_f, mask=m_f, other=0.0)
-                b_all = tl.sum(tl.sum(b_ch * b_dh, 1), 0)
+                b_all = tl.sum(b_ch * b_dh)
                 b_all += tl.sum(b_cz * b_dz, 0)
                 tl.store(hdh + i_k.to(tl.int64) * hdh_sp + i_s, b_all)
 
@@ -1163,7 +1190,6 @@ def mlstm_dv_kernel(
     rise,
     do,
     gsum,
-    rden,
     dden,
     dht,
     dhp,
@@ -1248,11 +1274,9 @@ def mlstm_dv_kernel(
     rise += i_b * rise_sb
     rise += (i_h // G_rise) * rise_sh
     if gsum is not None:
-        gsum += (i_b * H + i_h) * T
-    if rden is not None:
-        rden += (i_b * H + i_h) * T
+        gsum += (i_b * H + i_h) * T * 4
     if dden is not None:
-        dden += (i_b * H + i_h) * T
+        dden += (i_b * H + i_h) * T * 4
 
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -1307,44 +1331,41 @@ def mlstm_dv_kernel(
         b_key = b_k
         # [BT]
         if gsum is not None:
-            p_c = gsum + i_t
-            i_e = i_lo + n_t - 1
-            b_c = tl.load(p_c + tl.minimum(o_i, i_e), mask=(o_i >= i_lo) & (n_t > 0), other=0.0)
-            b_cr = b_c
-            b_ce = tl.load(p_c + i_e, mask=n_t > 0, other=0.0)
+            b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
+            b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
         else:
             # [BT]
             b_ld = tl.where(m_t, tl.maximum(tl.minimum(b_fg, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b_fg))) - b_rise, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         # [BT]: natural log of the key's factor, <= 0
         b_lg = tl.where(m_t, b_ig - b_peak, 0.0)
         b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
-        if gsum is not None:
-            b_ek = tl.exp2(b_ce - b_c + b_lg * RCP_LN2)
-        else:
+        if gsum is None:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1) + b_lg)
         b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT]
-        b_rn = tl.load(rden + o_t, mask=m_t, other=0.0)
+        b_rn, b_dn, _, _ = columns(tl.load(dden + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
         b_er = (b_eq * scale)[:, None]
         b_dod = b_do * (b_er * b_rn[:, None])
-        # [BT, BT]
-        m_pair = o_i[None, :] >= o_i[:, None]
-        if gsum is not None:
-            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_D = tl.exp2(b_cr[None, :] - (b_c - b_lg * RCP_LN2)[:, None])
-        else:
-            b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
-            b_D = tl.trans(b_D)
-        b_D = tl.where(m_pair, b_D * scale, 0.0)
-        b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
-        b_A = b_s * b_D
-        b_A *= b_rn[None, :]
         # [BT, BV]
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-        b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), input_precision=PRECISION)
+        # [BT, BT]
+        b_wt = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            m_pair = o_i[None, :] >= o_i[:, None]
+            if gsum is not None:
+                # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+                b_D = tl.exp2(b_cr[None, :] - b_c[:, None])
+            else:
+                b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION) + b_lg[None, :])
+                b_D = tl.trans(b_D)
+            b_D = tl.where(m_pair, b_D * scale, 0.0)
+            b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
+            b_A = b_s * b_D
+            b_wt = (b_A * b_rn[None, :]).to(DOT)
+        b_dvalue = tl.dot(b_wt, b_do.to(DOT), input_precision=PRECISION)
         b_dvalue = plus(b_dvalue, b_dvi * b_ek[:, None])
         if dv is not None:
             b_dv_ = b_dvalue
@@ -1656,21 +1677,27 @@ def state(rows, H, F, V, like, dtype=torch.float32, make=torch.empty):
     return make(rows, H, F, V, dtype=dtype, device=like.device)
 
 
-def decays(fg, rise, cu_seqlens, s, BT, shape):
-    """For each row the log2 of the decay since its chunk's start, [B, H, T] fp32; None where steps are summed exactly."""
+def decays(ig, fg, peak, rise, cu_seqlens, s, BT, shape):
+    """For each row what gsum's kernel makes of its decay, [B, H, T, 4] fp32; None where steps are summed exactly."""
     N, T, H = shape
     if s.DOT != tl.bfloat16:
         return None
     NP, rows = pieces(cu_seqlens, N, T, s.LC)
-    like = fg
-    gsum = torch.empty(N if cu_seqlens is None else 1, H, T, dtype=torch.float32, device=like.device)
+    like = ig
+    gsum = torch.empty(N if cu_seqlens is None else 1, H, T, 4, dtype=torch.float32, device=like.device)
     mlstm_gsum_kernel[(rows * H,)](
-        fg, rise,
+        ig, fg, peak, rise,
         gsum=gsum,
         cu_seqlens=cu_seqlens,
+        ig_sb=ig.stride(0),
+        ig_st=ig.stride(1),
+        ig_sh=ig.stride(2),
         fg_sb=fg.stride(0),
         fg_st=fg.stride(1),
         fg_sh=fg.stride(2),
+        peak_sb=peak.stride(0),
+        peak_st=peak.stride(1),
+        peak_sh=peak.stride(2),
         rise_sb=rise.stride(0),
         rise_st=rise.stride(1),
         rise_sh=rise.stride(2),
@@ -1678,7 +1705,9 @@ def decays(fg, rise, cu_seqlens, s, BT, shape):
         T=T,
         H=H,
         NP=NP,
+        G_ig=H // ig.shape[2],
         G_fg=H // fg.shape[2],
+        G_peak=H // peak.shape[2],
         G_rise=H // rise.shape[2],
         LC=s.LC,
         BT=BT,
@@ -1755,7 +1784,7 @@ def fwd(q, k, v, ig, fg, peak, rise, h0, z0, cu_seqlens, scale, s, final=False, 
         SUM_PRECISION=s.SUM_PRECISION,
         num_warps=t.num_warps,
         num_stages=t.num_stages,
-        gsum=decays(fg, rise, cu_seqlens, s, t.BT, (N, T, H)),
+        gsum=decays(ig, fg, peak, rise, cu_seqlens, s, t.BT, (N, T, H)),
     )
     NV = triton.cdiv(V, t.BV)
     if s.fwd_L:
@@ -1827,7 +1856,7 @@ def scan(h, h0, z, z0, gt, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def adjoints(q, fg, rise, do, gsum, rden, dden, dht, dzt, cu_seqlens, scale, s, shape):
+def adjoints(q, fg, rise, do, gsum, dden, dht, dzt, cu_seqlens, scale, s, shape):
     """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens; of the sums [rows, H, F]."""
     N, T, H, K, V, F = shape
     t = s.bwd
@@ -1839,7 +1868,6 @@ def adjoints(q, fg, rise, do, gsum, rden, dden, dht, dzt, cu_seqlens, scale, s, 
     mlstm_bwd_state_kernel[(rows * H * NV,)](
         q, fg, rise,
         do=do,
-        rden=rden,
         dden=dden,
         dz=dzp,
         gsum=gsum,
@@ -1960,15 +1988,13 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
         NEED_BONUS=False,
     )
     parts = [[] for _ in needs]
-    gsum = decays(fg, rise, cu_seqlens, s, s.bwd.BT, (N, T, H))
-    rden = torch.empty(B, H, T, dtype=torch.float32, device=like.device)
-    dden = torch.empty_like(rden)
+    gsum = decays(ig, fg, peak, rise, cu_seqlens, s, s.bwd.BT, (N, T, H))
+    dden = torch.empty(B, H, T, 4, dtype=torch.float32, device=like.device)
     NP, rows = pieces(cu_seqlens, N, T, 32)
     mlstm_norm_kernel[(rows * H,)](
         do,
         o,
         den,
-        rden,
         dden,
         peak,
         cu_seqlens,
@@ -2002,7 +2028,6 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
             q, k, v, ig, fg, peak, rise,
             do=do,
             gsum=gsum,
-            rden=rden,
             dden=dden,
             zc=zc,
             hc=hc,
@@ -2026,7 +2051,7 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
     dhp = dh0 = None
     dzp = dz0 = None
     if s.bwd_L:
-        dhp, dzp = adjoints(q, fg, rise, do, gsum, rden, dden, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
+        dhp, dzp = adjoints(q, fg, rise, do, gsum, dden, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
     if any((needs[1],)) or need_decay or initial:
         dh0 = state(N, H, F, V, like) if initial else None
         dz0 = torch.empty(N, H, F, dtype=torch.float32, device=like.device) if initial else None
@@ -2036,7 +2061,6 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
             q, k, v, ig, fg, peak, rise,
             do=do,
             gsum=gsum,
-            rden=rden,
             dden=dden,
             zc=zc,
             dzt=dzt,
@@ -2070,7 +2094,6 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
             q, k, v, ig, fg, peak, rise,
             do=do,
             gsum=gsum,
-            rden=rden,
             dden=dden,
             dht=dht,
             dhp=dhp,

@@ -175,14 +175,18 @@ def retnet_fwd_kernel(
                 b_eq = tl.exp(b_ld * o_n)
                 b_fq = b_query
                 b_qd = b_fq
-                # [BT, BT]
-                b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
-                b_A = b_s * b_D
                 # [BT, BV]
                 b_er = (b_eq * scale)[:, None]
                 b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
+                # [BT, BT]
+                b_wt = tl.zeros([BT, BT], dtype=DOT)
+                if n_t > 0 if DOT == tl.bfloat16 else True:
+                    b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+                    b_A = b_s * b_D
+                    b_wt = b_A.to(DOT)
+                # [BT, BV]
                 b_o *= b_er
-                b_o = plus(b_o, tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION))
+                b_o = plus(b_o, tl.dot(b_wt, b_value.to(DOT), input_precision=PRECISION))
                 p_o = o + (o_row[:, None] * V + o_v[None, :])
                 tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
             b_fk = b_key
@@ -474,13 +478,16 @@ def retnet_dq_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
+        # [BT, BK]: before the pairs, whose blocks it would find in registers
+        b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
-        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+        b_dA = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            b_dw = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
 
-        b_dA = (b_dA * b_D).to(DOT)
+            b_dA = (b_dw * b_D).to(DOT)
         # [BT, BK]
         b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
-        b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
         b_dquery = plus(b_dquery, b_dfq * b_er)
         if dq is not None:
             b_dq_ = b_dquery
@@ -620,13 +627,16 @@ def retnet_dk_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
+        # [BT, BK]
+        b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
-        b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
+        b_dA = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            b_dw = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
 
-        b_dA = (b_dA * b_D).to(DOT)
+            b_dA = (b_dw * b_D).to(DOT)
         # [BT, BK]
         b_dkey = tl.dot(b_dA, b_query.to(DOT), input_precision=PRECISION)
-        b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         b_dkey = plus(b_dkey, b_dfk * b_ek[:, None])
         if dk is not None:
             b_dk_ = b_dkey
@@ -769,12 +779,15 @@ def retnet_dv_kernel(
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
         b_dod = b_do * b_er
-        # [BT, BT]
-        b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
-        b_A = b_s * b_D
         # [BT, BV]
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
-        b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), input_precision=PRECISION)
+        # [BT, BT]
+        b_wt = tl.zeros([BT, BT], dtype=DOT)
+        if n_t > 0 if DOT == tl.bfloat16 else True:
+            b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
+            b_A = b_s * b_D
+            b_wt = b_A.to(DOT)
+        b_dvalue = tl.dot(b_wt, b_do.to(DOT), input_precision=PRECISION)
         b_dvalue = plus(b_dvalue, b_dvi * b_ek[:, None])
         if dv is not None:
             b_dv_ = b_dvalue
