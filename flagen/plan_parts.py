@@ -159,7 +159,7 @@ OWN_BLOCKS = frozenset(
     dkc dks sum part pick picked f yq m fall gate before lg dgate top Ai Ab Abi ci cb cbi si ei back backi after
     afteri gti dsi count df dh0 dh1 dh2 dot dpair h0 h1 h2 half0 half1 half2 pick0 pick1 pick2 qr inv vt with0 with1
     with2 zq zt a b e hw dhw M B C E dB dC dD dar dbd dkd ea xa xw or ol late early corner rq ra rb rk fa fb za zb
-    zkey ce vf rn wt dw row rest last sums even odd
+    zkey ce vf rn wt nz kz ones dw row rest last sums even odd
     da db derase derase_a derase_b pA pB pC pD
     qdi kdi tn aq ak ce se zri zli dqdr dqdi dkdr dkdi ally
     """.split()  # noqa: SIM905

@@ -61,7 +61,8 @@ class Schedule:
     cut. rows: the tile of the sweeps for query and key, whose programs have a block of K, its BV, and all of V.
 
     DOT, PRECISION: dtype of the products' operands and how fp32 ones are multiplied; SUM_PRECISION: the same for sums
-    of log decays; PARTS: how many bf16 parts of a log decay are summed.
+    of log decays; PARTS: how many bf16 parts of a log decay are summed. beside: sweeps that do not depend on each other
+    are given to streams of their own.
     """
 
     fwd: Tile
@@ -82,6 +83,7 @@ class Schedule:
     PRECISION: str
     SUM_PRECISION: str
     checkpoint: Any
+    beside: bool = False
 
 
 class Device(NamedTuple):
@@ -189,6 +191,7 @@ def schedule(
     bwd_L = piece(shape, programs * -(-shape.V // bwd.BV), device, LC)
     # these pieces begin at checkpoints and cost next to nothing: enough of them to fill the device evenly
     dq_L = piece(shape, -(-programs * -(-shape.K // rows.BV) // 8), device, LC)
+    beside = False
     # with smaller states the pipeline of three stages gave wrong normalisers with Triton 3.6 on Hopper, and they moved
     if plan.swept and low and BT == 64 and BF == whole == 128 and device.shared >= STAGED:
         parts, fwd_L = cut(shape, BT, LC, BF, BV, device, 1)
@@ -196,6 +199,7 @@ def schedule(
         parts, bwd_L = cut(shape, BT, LC, BF, BV, device, 2)
         bwd, rows = serial_tile(BT, BF, BV // parts), serial_tile(BT, whole, BK // parts)
         dq_L = even(shape, programs * -(-shape.K // rows.BV), BT, LC, device)
+        beside = not bwd_L and leaves_idle(shape, programs * -(-shape.V // bwd.BV), BT, device)
     return Schedule(
         fwd=fwd,
         bwd=bwd,
@@ -216,6 +220,7 @@ def schedule(
         PRECISION=input_precision or device.precision,
         SUM_PRECISION=device.precision,
         checkpoint=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        beside=beside,
     )
 
 
@@ -299,6 +304,13 @@ def even(shape: Shape, programs: int, BT: int, LC: int, device: Device) -> int:
         if time < best:
             best, found = time, blocks * LC if pieces > 1 else 0
     return found
+
+
+def leaves_idle(shape: Shape, programs: int, BT: int, device: Device) -> bool:
+    """Whether programs, one a multiprocessor, leave so much of the device idle for so long that it pays to give
+    kernels to several streams, which costs the host some 20 us."""
+    rounds = -(-programs // device.multiprocessors)
+    return programs < 0.85 * rounds * device.multiprocessors and rounds * -(-shape.T // BT) >= 64
 
 
 def piece(shape: Shape, programs: int, device: Device, LC: int) -> int:

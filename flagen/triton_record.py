@@ -70,6 +70,19 @@ class _Site:
         return watched
 
 
+class _Streams:
+    """`fork` and `join` of a launcher's copy, noted while a recording is on."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self.function = name, function
+
+    def __call__(self, *args: Any) -> Any:
+        sides = self.function(*args)
+        if _state.recording is not None:
+            _state.recording.streams(self.name, args[0] if sides is None else sides)
+        return sides
+
+
 def is_kernel(name: str, value: Any) -> bool:
     return name.endswith("_kernel") and isinstance(value, JITFunction)
 
@@ -83,6 +96,8 @@ def watched(module: ModuleType) -> Any:
         elif type(value) is FunctionType:
             names[name] = FunctionType(value.__code__, names, name, value.__defaults__, value.__closure__)
             names[name].__kwdefaults__ = value.__kwdefaults__
+            if name in ("fork", "join"):
+                names[name] = _Streams(name, names[name])
     return SimpleNamespace(**{name: names[name] for name in ("sizes", "peaks", "fwd", "bwd", "step") if name in names})
 
 
@@ -109,6 +124,7 @@ class Recording(TorchDispatchMode):
         self.kept: list[Tensor] = []  # whose ids are in use
         self.steps: list[tuple[Any, ...]] = []
         self.fault = ""
+        self.sides: list[int] = []  # handles of streams beside the current one
         self.inputs = [None if x is None else self._add(x, "input") for x in inputs]
         self.device = next(x.device for x in inputs if x is not None)
 
@@ -170,7 +186,16 @@ class Recording(TorchDispatchMode):
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
         ordered = [given.get(name, one.default) for name, one in zip(kernel.arg_names, kernel.params, strict=True)]
         places = [self.value(x) if isinstance(x, Tensor) else x for x in ordered]
-        self.steps.append(("launch", compiled, (*grid, 1, 1)[:3], places))
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.sides else None
+        side = 1 + self.sides.index(stream) if stream in self.sides else 0
+        self.steps.append(("launch", compiled, (*grid, 1, 1)[:3], places, side))
+
+    def streams(self, name: str, sides: Sequence[Any]) -> None:
+        """A launcher's fork or join."""
+        found = [one.cuda_stream for one in sides if one is not None]
+        if found:
+            self.sides = found if name == "fork" else []
+            self.steps.append((name, None))
 
     def finished(self, results: Sequence[Tensor | None]) -> tuple[list[Value | None], set[int]]:
         """What the call returned, and the ids of the values that must be tensors when it is repeated; of the others

@@ -126,6 +126,8 @@ class Program:
         for kind, *rest in recording.steps:
             if kind == "launch":
                 self._launch(placed, *rest)
+            elif kind in ("fork", "join"):
+                self.actions.append((kind,))
             elif kind == "empty" and id(rest[0]) not in needed:
                 x = rest[0].tensor
                 placed[id(rest[0])] = self.workspace
@@ -149,7 +151,9 @@ class Program:
             self.count += 1
         return value.slot
 
-    def _launch(self, placed: dict[int, int], compiled: Any, grid: tuple[int, ...], places: list[Any]) -> None:
+    def _launch(
+        self, placed: dict[int, int], compiled: Any, grid: tuple[int, ...], places: list[Any], side: int
+    ) -> None:
         arguments, addresses = [], []
         for at, one in enumerate(places):
             if not isinstance(one, Value):
@@ -162,7 +166,7 @@ class Program:
             else:
                 addresses.append((at, root.slot, one.delta))
         self.actions.append(
-            ("launch", compiled.run, compiled.function, compiled.packed_metadata, grid, arguments, addresses)
+            ("launch", compiled.run, compiled.function, compiled.packed_metadata, grid, arguments, addresses, side)
         )
         self.held.append(compiled)
 
@@ -195,14 +199,20 @@ class Program:
         if self.workspace:
             workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
             starts[-1] = workspace.data_ptr()
-        stream = _stream(self.index)
+        streams, sides = [_stream(self.index)], ()
         for kind, *rest in self.actions:
             if kind == "launch":
-                run, function, metadata, grid, arguments, addresses = rest
+                run, function, metadata, grid, arguments, addresses, side = rest
                 arguments = arguments.copy()
                 for at, slot, delta in addresses:
                     arguments[at] = starts[slot] + delta
-                run(*grid, stream, function, metadata, None, None, None, *arguments)
+                run(*grid, streams[side], function, metadata, None, None, None, *arguments)
+            elif kind == "fork":
+                sides = forked(device)
+                streams += (one.cuda_stream for one in sides)
+            elif kind == "join":
+                joined(sides)
+                del streams[1:]
             elif kind == "empty":
                 slot, shape, stride, dtype = rest
                 x = values[slot] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
@@ -214,6 +224,19 @@ class Program:
                     values[slot] = x
                     starts[slot] = x.data_ptr()
         return [None if slot is None else values[slot] for slot in self.ends]
+
+
+def forked(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """Two streams beside the current one, as the launchers' fork makes them."""
+    sides = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    for side in sides:
+        side.wait_stream(torch.cuda.current_stream(device))
+    return sides
+
+
+def joined(sides: Sequence[torch.cuda.Stream]) -> None:
+    for side in sides:
+        torch.cuda.current_stream(side.device).wait_stream(side)
 
 
 class _Slot(int):

@@ -1450,6 +1450,26 @@ def adjoints(q, dt, A_log, do, gsum, dht, cu_seqlens, scale, s, shape):
     scan(dhp, dht, gt, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
     return dhp
 
+def fork(like, wanted):
+    """Two streams beside the current one, which begin after all that it was given before; None and None if they are not wanted.
+
+    What they use is allocated for the current stream, and not given back before `join`.
+    """
+    if not wanted or not like.is_cuda:
+        return None, None
+    sides = torch.cuda.Stream(like.device), torch.cuda.Stream(like.device)
+    for side in sides:
+        side.wait_stream(torch.cuda.current_stream(like.device))
+    return sides
+
+
+def join(sides):
+    """The current stream goes on after all that the streams beside it were given."""
+    for side in sides:
+        if side is not None:
+            torch.cuda.current_stream(side.device).wait_stream(side)
+
+
 def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
@@ -1522,36 +1542,13 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
     hdh = torch.empty(NK, hc.shape[0], H, dtype=torch.float32, device=like.device) if need_decay else None
     qdq_sp = kdk_sp = B * T * H
     hdh_sp = hc.shape[0] * H
-    if any((needs[0],)) or need_decay:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        t = s.rows
-        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
-        mamba2_dq_kernel[(rows * H * NK,)](
-            q, k, v, dt, A_log,
-            do=do,
-            gsum=gsum,
-            hc=hc,
-            qdq=qdq,
-            qdq_sp=qdq_sp,
-            dq=dq,
-            dq_sp=dq_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=t.BV,
-            BV=s.BV,
-            BF=t.BV,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
-        parts[0].append((dq, s.dq_L))
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
     if s.bwd_L:
         dhp = adjoints(q, dt, A_log, do, gsum, dht, cu_seqlens, scale, s, (N, T, H, K, V, F))
+    # dk first: its programs and those of dv take longest, and dq's fill what they leave
+    sides = fork(like, s.beside and cu_seqlens is None)
     if any((needs[1],)) or need_decay or initial:
         dh0 = state(N, H, F, V, like) if initial else None
         t = s.rows
@@ -1585,28 +1582,56 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
         t = s.bwd
         dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
         ddt, ddt_sp = gradient(dt, "bth", needs[3], NV, rows, False)
-        mamba2_dv_kernel[(rows * H * NV,)](
-            q, k, v, dt, A_log,
-            do=do,
-            gsum=gsum,
-            dht=dht,
-            dhp=dhp,
-            dv=dv,
-            dv_sp=dv_sp,
-            ddt=ddt,
-            ddt_sp=ddt_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=s.BK,
-            BV=t.BV,
-            BF=s.BK,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
+        with torch.cuda.stream(sides[0]):
+            mamba2_dv_kernel[(rows * H * NV,)](
+                q, k, v, dt, A_log,
+                do=do,
+                gsum=gsum,
+                dht=dht,
+                dhp=dhp,
+                dv=dv,
+                dv_sp=dv_sp,
+                ddt=ddt,
+                ddt_sp=ddt_sp,
+                L=L,
+                NP=NP,
+                BT=t.BT,
+                BK=s.BK,
+                BV=t.BV,
+                BF=s.BK,
+                num_warps=t.num_warps,
+                num_stages=t.num_stages,
+                **common,
+            )
         parts[2].append((dv, s.bwd_L))
         parts[3].append((ddt, s.bwd_L))
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        with torch.cuda.stream(sides[1]):
+            mamba2_dq_kernel[(rows * H * NK,)](
+                q, k, v, dt, A_log,
+                do=do,
+                gsum=gsum,
+                hc=hc,
+                qdq=qdq,
+                qdq_sp=qdq_sp,
+                dq=dq,
+                dq_sp=dq_sp,
+                L=L,
+                NP=NP,
+                BT=t.BT,
+                BK=t.BV,
+                BV=s.BV,
+                BF=t.BV,
+                num_warps=t.num_warps,
+                num_stages=t.num_stages,
+                **common,
+            )
+        parts[0].append((dq, s.dq_L))
+    join(sides)
     if need_decay:
         NP, rows = pieces(cu_seqlens, N, T, s.LC)
         ddt, _ = gradient(dt, "bth", needs[3], 1, rows, False)

@@ -412,12 +412,17 @@ def mlstm_fwd_kernel(
 
     # [BF, BV]
     b_h = tl.zeros([BF, BV], dtype=tl.float32)
-    b_z = tl.zeros([BF], dtype=tl.float32)
+    # for states of which a program has all, sums of keys are columns 0 and 1 of a block that products make, and read in two parts
+    COLUMNS: tl.constexpr = BF * BV == 16384 if DOT == tl.bfloat16 else False
+    o_one = tl.arange(0, 16)
+    b_z = tl.zeros([BF, 16], dtype=tl.float32) if COLUMNS else tl.zeros([BF], dtype=tl.float32)
     if h0 is not None:
         i_s = i_ph if PIECES else i_nh
         p_h0 = h0 + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
         b_z = tl.load(z0 + i_s * F + o_f, mask=m_f, other=0.0)
+        if COLUMNS:
+            b_z = tl.where(o_one[None, :] < 2, b_z[:, None], 0.0)
 
 
     b_gt = 0.0
@@ -431,7 +436,7 @@ def mlstm_fwd_kernel(
             p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
             tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
             if i_v == 0:
-                tl.store(zc + i_s * F + o_f, b_z, mask=m_f)
+                tl.store(zc + i_s * F + o_f, tl.sum(tl.where(o_one[None, :] == 0, b_z, 0.0), 1) if COLUMNS else b_z, mask=m_f)
         for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
             i_t = i_c * BT
             i_lo = tl.maximum(i_start - i_t, 0)
@@ -482,6 +487,10 @@ def mlstm_fwd_kernel(
                 # [BT, BV]
                 b_er = (b_eq * scale)[:, None]
                 b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
+                if COLUMNS:
+                    # [BT, 16]: the second column has what rounding leaves of the first, since sums of either sign may cancel
+                    b_rest = tl.where(o_one[None, :] == 1, b_z - b_z.to(DOT).to(tl.float32), b_z)
+                    b_nz = tl.dot(b_qd.to(DOT), b_rest.to(DOT), input_precision=PRECISION)
                 # [BT, BT]
                 b_wt = tl.zeros([BT, BT], dtype=DOT)
                 b_n = tl.zeros([BT], dtype=tl.float32)
@@ -500,7 +509,7 @@ def mlstm_fwd_kernel(
                 # [BT, BV]
                 b_o *= b_er
                 # [BT]
-                b_n += tl.sum(b_qd.to(tl.float32) * b_z[None, :] * b_er, 1)
+                b_n += tl.sum((b_nz if COLUMNS else b_qd.to(tl.float32) * b_z[None, :]) * b_er, 1)
                 b_o = plus(b_o, tl.dot(b_wt, b_value.to(DOT), input_precision=PRECISION))
                 if den is not None:
                     if i_v == 0:
@@ -513,7 +522,14 @@ def mlstm_fwd_kernel(
             b_vd = b_value * b_ek[:, None]
             b_h = b_h * b_en
             b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
-            b_z = b_z * b_en + tl.sum(b_kd.to(tl.float32) * b_ek[:, None], 0)
+            if COLUMNS:
+                b_z *= b_en
+                # with keys as they lie in memory this product was wrong with Triton 3.6 on Hopper; what is in registers is not
+                b_kz = b_kd * b_ek[:, None]
+                b_ones = tl.where(o_one[None, :] + tl.zeros([BT, 1], dtype=tl.int32) < 2, 1.0, 0.0)
+                b_z = tl.dot(tl.trans(b_kz.to(DOT)), b_ones.to(DOT), b_z, input_precision=PRECISION)
+            else:
+                b_z = b_z * b_en + tl.sum(b_kd.to(tl.float32) * b_ek[:, None], 0)
             b_gt += tl.sum(b_ld, 0) if gsum is None else b_ce * LN2
 
     if ht is not None:
@@ -521,14 +537,14 @@ def mlstm_fwd_kernel(
             p_ht = ht + ((i_ph * F + o_f)[:, None] * V + o_v[None, :])
             tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
             if i_v == 0:
-                tl.store(zt + i_ph * F + o_f, b_z, mask=m_f)
+                tl.store(zt + i_ph * F + o_f, tl.sum(tl.where(o_one[None, :] == 0, b_z, 0.0), 1) if COLUMNS else b_z, mask=m_f)
             tl.store(gt + i_ph, b_gt)
         else:
             if is_last:
                 p_ht = ht + ((i_nh * F + o_f)[:, None] * V + o_v[None, :])
                 tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
                 if i_v == 0:
-                    tl.store(zt + i_nh * F + o_f, b_z, mask=m_f)
+                    tl.store(zt + i_nh * F + o_f, tl.sum(tl.where(o_one[None, :] == 0, b_z, 0.0), 1) if COLUMNS else b_z, mask=m_f)
 
 
 # In place, the end states of pieces that each began from zero become the true states that the pieces begin with. REVERSE: the
@@ -1912,6 +1928,26 @@ def adjoints(q, fg, rise, do, gsum, dden, dht, dzt, cu_seqlens, scale, s, shape)
     scan(dhp, dht, dzp, dzt, gt, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
     return dhp, dzp
 
+def fork(like, wanted):
+    """Two streams beside the current one, which begin after all that it was given before; None and None if they are not wanted.
+
+    What they use is allocated for the current stream, and not given back before `join`.
+    """
+    if not wanted or not like.is_cuda:
+        return None, None
+    sides = torch.cuda.Stream(like.device), torch.cuda.Stream(like.device)
+    for side in sides:
+        side.wait_stream(torch.cuda.current_stream(like.device))
+    return sides
+
+
+def join(sides):
+    """The current stream goes on after all that the streams beside it were given."""
+    for side in sides:
+        if side is not None:
+            torch.cuda.current_stream(side.device).wait_stream(side)
+
+
 def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
@@ -2019,39 +2055,14 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
     hdh = torch.empty(NK, hc.shape[0], H, dtype=torch.float32, device=like.device) if need_decay else None
     qdq_sp = kdk_sp = B * T * H
     hdh_sp = hc.shape[0] * H
-    if any((needs[0],)) or need_decay:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        t = s.rows
-        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
-        mlstm_dq_kernel[(rows * H * NK,)](
-            q, k, v, ig, fg, peak, rise,
-            do=do,
-            gsum=gsum,
-            dden=dden,
-            zc=zc,
-            hc=hc,
-            qdq=qdq,
-            qdq_sp=qdq_sp,
-            dq=dq,
-            dq_sp=dq_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=t.BV,
-            BV=s.BV,
-            BF=t.BV,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
-        parts[0].append((dq, s.dq_L))
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
     dzp = dz0 = None
     if s.bwd_L:
         dhp, dzp = adjoints(q, fg, rise, do, gsum, dden, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
+    # dk first: its programs and those of dv take longest, and dq's fill what they leave
+    sides = fork(like, s.beside and cu_seqlens is None)
     if any((needs[1],)) or need_decay or initial:
         dh0 = state(N, H, F, V, like) if initial else None
         dz0 = torch.empty(N, H, F, dtype=torch.float32, device=like.device) if initial else None
@@ -2090,26 +2101,56 @@ def bwd(q, k, v, ig, fg, peak, rise, do, hc, o, den, zc, dht, dzt, cu_seqlens, s
     if any((needs[2],)):
         t = s.bwd
         dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
-        mlstm_dv_kernel[(rows * H * NV,)](
-            q, k, v, ig, fg, peak, rise,
-            do=do,
-            gsum=gsum,
-            dden=dden,
-            dht=dht,
-            dhp=dhp,
-            dv=dv,
-            dv_sp=dv_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=s.BK,
-            BV=t.BV,
-            BF=s.BK,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
+        with torch.cuda.stream(sides[0]):
+            mlstm_dv_kernel[(rows * H * NV,)](
+                q, k, v, ig, fg, peak, rise,
+                do=do,
+                gsum=gsum,
+                dden=dden,
+                dht=dht,
+                dhp=dhp,
+                dv=dv,
+                dv_sp=dv_sp,
+                L=L,
+                NP=NP,
+                BT=t.BT,
+                BK=s.BK,
+                BV=t.BV,
+                BF=s.BK,
+                num_warps=t.num_warps,
+                num_stages=t.num_stages,
+                **common,
+            )
         parts[2].append((dv, s.bwd_L))
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        with torch.cuda.stream(sides[1]):
+            mlstm_dq_kernel[(rows * H * NK,)](
+                q, k, v, ig, fg, peak, rise,
+                do=do,
+                gsum=gsum,
+                dden=dden,
+                zc=zc,
+                hc=hc,
+                qdq=qdq,
+                qdq_sp=qdq_sp,
+                dq=dq,
+                dq_sp=dq_sp,
+                L=L,
+                NP=NP,
+                BT=t.BT,
+                BK=t.BV,
+                BV=s.BV,
+                BF=t.BV,
+                num_warps=t.num_warps,
+                num_stages=t.num_stages,
+                **common,
+            )
+        parts[0].append((dq, s.dq_L))
+    join(sides)
     if need_decay:
         NP, rows = pieces(cu_seqlens, N, T, s.LC)
         dig, _ = gradient(ig, "bth", needs[3], 1, rows, True)

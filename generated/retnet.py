@@ -1074,6 +1074,26 @@ def adjoints(q, c0, do, dht, cu_seqlens, scale, s, shape):
     scan(dhp, dht, gt, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
     return dhp
 
+def fork(like, wanted):
+    """Two streams beside the current one, which begin after all that it was given before; None and None if they are not wanted.
+
+    What they use is allocated for the current stream, and not given back before `join`.
+    """
+    if not wanted or not like.is_cuda:
+        return None, None
+    sides = torch.cuda.Stream(like.device), torch.cuda.Stream(like.device)
+    for side in sides:
+        side.wait_stream(torch.cuda.current_stream(like.device))
+    return sides
+
+
+def join(sides):
+    """The current stream goes on after all that the streams beside it were given."""
+    for side in sides:
+        if side is not None:
+            torch.cuda.current_stream(side.device).wait_stream(side)
+
+
 def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
@@ -1136,33 +1156,13 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         NEED_BONUS=False,
     )
     parts = [[] for _ in needs]
-    if any((needs[0],)) or need_decay:
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
-        t = s.rows
-        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
-        retnet_dq_kernel[(rows * H * NK,)](
-            q, k, v, c0,
-            do=do,
-            hc=hc,
-            dq=dq,
-            dq_sp=dq_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=t.BV,
-            BV=s.BV,
-            BF=t.BV,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
-        parts[0].append((dq, s.dq_L))
     L = s.bwd_L or T + 1
     NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
     dhp = dh0 = None
     if s.bwd_L:
         dhp = adjoints(q, c0, do, dht, cu_seqlens, scale, s, (N, T, H, K, V, F))
+    # dk first: its programs and those of dv take longest, and dq's fill what they leave
+    sides = fork(like, s.beside and cu_seqlens is None)
     if any((needs[1],)) or need_decay or initial:
         dh0 = state(N, H, F, V, like) if initial else None
         t = s.rows
@@ -1190,24 +1190,49 @@ def bwd(q, k, v, c0, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
     if any((needs[2],)):
         t = s.bwd
         dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
-        retnet_dv_kernel[(rows * H * NV,)](
-            q, k, v, c0,
-            do=do,
-            dht=dht,
-            dhp=dhp,
-            dv=dv,
-            dv_sp=dv_sp,
-            L=L,
-            NP=NP,
-            BT=t.BT,
-            BK=s.BK,
-            BV=t.BV,
-            BF=s.BK,
-            num_warps=t.num_warps,
-            num_stages=t.num_stages,
-            **common,
-        )
+        with torch.cuda.stream(sides[0]):
+            retnet_dv_kernel[(rows * H * NV,)](
+                q, k, v, c0,
+                do=do,
+                dht=dht,
+                dhp=dhp,
+                dv=dv,
+                dv_sp=dv_sp,
+                L=L,
+                NP=NP,
+                BT=t.BT,
+                BK=s.BK,
+                BV=t.BV,
+                BF=s.BK,
+                num_warps=t.num_warps,
+                num_stages=t.num_stages,
+                **common,
+            )
         parts[2].append((dv, s.bwd_L))
+    if any((needs[0],)) or need_decay:
+        L = s.dq_L or T + 1
+        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        t = s.rows
+        dq, dq_sp = gradient(q, "bthk", needs[0], 1, rows, True)
+        with torch.cuda.stream(sides[1]):
+            retnet_dq_kernel[(rows * H * NK,)](
+                q, k, v, c0,
+                do=do,
+                hc=hc,
+                dq=dq,
+                dq_sp=dq_sp,
+                L=L,
+                NP=NP,
+                BT=t.BT,
+                BK=t.BV,
+                BV=s.BV,
+                BF=t.BV,
+                num_warps=t.num_warps,
+                num_stages=t.num_stages,
+                **common,
+            )
+        parts[0].append((dq, s.dq_L))
+    join(sides)
     return parts, dh0
 
 

@@ -14,12 +14,13 @@ STREAM = 7
 
 class Memory:
     """What launches made of the memory at addresses that they were given: numbers that depend on the kernel, its other
-    arguments, and what was at all its addresses. launches: kernel, grid, and arguments, addresses among them."""
+    arguments, and what was at all its addresses. launches: kernel, grid, arguments, addresses among them, stream."""
 
     def __init__(self) -> None:
         self.at: dict[int, int] = {}
         self.launches: list[tuple[Any, ...]] = []
         self.quiet = False  # whether launches do nothing, for timing
+        self.stream = STREAM  # the current one
 
     def define(self, tensors: Any) -> None:
         self.at = {x.data_ptr(): 1 + i for i, x in enumerate(tensors) if x is not None}
@@ -45,7 +46,7 @@ class FakeDriver:
         return 0
 
     def get_current_stream(self, device: Any) -> int:
-        return STREAM
+        return self.memory.stream
 
     def launcher_cls(self, src: Any, metadata: Any) -> Any:
         kinds = [src.signature[name] for name in src.fn.arg_names]
@@ -54,7 +55,6 @@ class FakeDriver:
             return lambda *arguments: None
 
         def launch(x: int, y: int, z: int, stream: int, function: str, packed: Any, _: Any, *rest: Any) -> None:
-            assert stream == STREAM
             arguments = rest[2:]
             assert len(arguments) == len(kinds)
             places = [i for i, kind in enumerate(kinds) if kind.startswith("*") and arguments[i] is not None]
@@ -63,7 +63,7 @@ class FakeDriver:
                 for i, (kind, one) in enumerate(zip(kinds, arguments, strict=True))
             ]
             addresses = [a if isinstance(a := arguments[i], int) else a.data_ptr() for i in places]
-            self.memory.launches.append((function, packed, (x, y, z), tuple(shown), tuple(addresses)))
+            self.memory.launches.append((function, packed, (x, y, z), tuple(shown), tuple(addresses), stream))
             before = tuple(self.memory.at.get(a, 0) for a in addresses)
             for i, a in zip(places, addresses, strict=True):
                 self.memory.at[a] = hash((function, packed, (x, y, z), tuple(shown), before, i))

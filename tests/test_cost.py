@@ -85,7 +85,7 @@ def test_tiles_warps_and_pieces_are_those_of_the_schedule():
     assert (forward["fwd"].num_warps, forward["fwd"].num_stages) == (s.fwd.num_warps, s.fwd.num_stages)
     assert f"BV={s.fwd.BV}" in forward["fwd"].tile
     assert [name for name, _ in named(found.forward)] == ["fwd", "scan", "fwd"]
-    assert [name for name, _ in named(found.backward)] == ["dq", "bwd_state", "scan", "dk", "dv"]
+    assert [name for name, _ in named(found.backward)] == ["bwd_state", "scan", "dk", "dv", "dq"]
     whole = estimated("retnet", 1, 8192, 96, 128, 128)
     assert [name for name, _ in named(whole.forward)] == ["fwd"]
 
@@ -137,11 +137,11 @@ def test_one_pass_moves_the_floor_and_training_the_states():
 def test_a_sweep_reads_three_tensors_and_writes_one():
     found = estimated("retnet", 1, 8192, 96, 128, 128)
     tensor, head_rates = 8192 * 96 * 128 * 2, 4 * 96
-    assert [name for name, _ in named(found.backward)] == ["dq", "dk", "dv"]
+    assert [name for name, _ in named(found.backward)] == ["dk", "dv", "dq"]
     for _, sweep in named(found.backward):
         assert sweep.written == tensor
     pieces = 96 * -(-8192 // found.schedule.dq_L)
-    (_, query), (_, key), (_, value) = named(found.backward)
+    (_, key), (_, value), (_, query) = named(found.backward)
     # the query's sweep begins each piece from a checkpoint
     assert query.read == 3 * tensor + pieces * 128 * 128 * 2 + head_rates
     assert key.read == value.read == 3 * tensor + head_rates

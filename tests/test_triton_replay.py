@@ -4,9 +4,12 @@ There is no GPU here: kernels are compiled, and what a launch was given is noted
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import threading
 from types import ModuleType
 
+import fake_driver
 import pytest
 import torch
 import triton
@@ -116,6 +119,63 @@ def test_a_record_does_what_the_launcher_does(name, packed, memory):
         assert calls.without_torch(first[1]) == calls.without_torch(recorded[1]) == calls.without_torch(again[1])
         assert sum(one is not None for one in calls.without_torch(again[1])) > 1
     assert len(calls.programs()) == 4
+
+
+class Stream:
+    """A stream of the GPU that is not there, which notes among the launches what it waits for."""
+
+    memory = None
+    count = 0
+
+    def __init__(self, device=None, handle=None):
+        Stream.count += 1
+        self.cuda_stream, self.device = handle or 1000 + Stream.count, device
+
+    def wait_stream(self, other):
+        self.memory.launches.append(("wait", self.cuda_stream, other.cuda_stream))
+
+
+def test_streams_beside_the_current_one_are_so_in_a_record(memory, monkeypatch):
+    calls = Calls("mamba2")
+    decided = calls.backend.schedule
+    monkeypatch.setattr(
+        calls.backend, "schedule", lambda *given: dataclasses.replace(decided(*given), beside=True, bwd_L=0)
+    )
+    monkeypatch.setattr(Stream, "memory", memory)
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, memory.stream = memory.stream, stream.cuda_stream if stream else memory.stream
+        yield
+        memory.stream = before
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, memory.stream))
+    fork = calls.backend._replay.launchers.bwd.__globals__["fork"]
+    # tensors on the CPU have no streams
+    monkeypatch.setattr(
+        fork, "function", lambda like, wanted: triton_replay.forked(like.device) if wanted else (None, None)
+    )
+    given = calls.forward(memory, calls.inputs)[2]
+    seen = []
+    for _ in range(3):
+        calls.backward(memory, calls.inputs, given)
+        named = {fake_driver.STREAM: "main"}
+        steps = []
+        for kernel, *rest in memory.launches:
+            streams = rest if kernel == "wait" else rest[-1:]
+            for one in streams:
+                named.setdefault(one, f"side {len(named)}")
+            steps.append(
+                (kernel.split()[0].removeprefix("mamba2_").removesuffix("_kernel"), *(named[x] for x in streams))
+            )
+        seen.append(steps)
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0] == [
+        ("gsum", "main"), ("wait", "side 1", "main"), ("wait", "side 2", "main"), ("dk", "main"), ("dv", "side 1"),
+        ("dq", "side 2"), ("wait", "main", "side 1"), ("wait", "main", "side 2"), ("dg", "main"),
+    ]  # fmt: skip
 
 
 def test_steps_are_in_place(memory):

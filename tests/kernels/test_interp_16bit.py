@@ -8,9 +8,11 @@ import torch
 from cases import ALL, SCALARS, SHIPPED
 
 import flagen
+from flagen import schedule
 from flagen.testing import TOLERANCES, check, make_case
 
 EVERY = pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
+BARE = flagen.Spec("bare_norm", normalize=lambda n: flagen.maximum(flagen.abs(n), 1))
 SHIPPED_ONLY = pytest.mark.parametrize("spec", SHIPPED, ids=lambda spec: spec.name)
 
 
@@ -49,6 +51,17 @@ def test_bf16_gates_and_packed_sequences(spec, monkeypatch):
 def test_bf16_with_the_schedules_own_chunks(spec, monkeypatch):
     bf16_interpreter.repair(monkeypatch)
     _check(spec, torch.bfloat16, T=140, H=1, chunk_size=None)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("spec", ["linear", "mlstm", "norm_max", BARE], ids=str)
+def test_sums_of_keys_by_products(spec, packed, monkeypatch):
+    """Programs that have all of a state of 128 x 128 keep the sums of keys in a block that products take."""
+    bf16_interpreter.repair(monkeypatch)
+    monkeypatch.setattr(schedule, "cut", lambda *_: (1, 0))
+    spec = spec if isinstance(spec, flagen.Spec) else next(one for one in ALL if one.name == spec)
+    spans = {"B": None, "T": 90, "cu_seqlens": [0, 70, 70, 83]} if packed else {"T": 90}
+    _check(spec, torch.bfloat16, **spans, H=1, K=128, V=128, chunk_size=None, seed=1, gate_dtype=torch.float32)
 
 
 def test_a_decays_gradient_that_is_summed_over_tokens(monkeypatch):
