@@ -11,7 +11,7 @@ from .plan_parts import Kernel, Role, TensorArg, Unit, block_text, leaves
 
 if TYPE_CHECKING:
     from .analysis import Analysis
-    from .plan_parts import Term
+    from .plan_parts import Gradient, Term
 
 
 class ErasePlan:
@@ -25,6 +25,8 @@ class ErasePlan:
         def inputs(self) -> tuple[TensorArg, ...]: ...
         @property
         def intra_tensors(self) -> tuple[TensorArg, ...]: ...
+        @property
+        def gradients(self) -> tuple[Gradient, ...]: ...
         @property
         def key(self) -> Role: ...
         @property
@@ -92,9 +94,10 @@ class ErasePlan:
         found = []
         for unit, expr in self.analysis.units:
             text = triton_text(expr, {leaf: block_text(leaf, True, "k") for leaf in leaves(expr)})
-            terms = ((role, diff) for role, one, diff in self.analysis.gradients if one.name == unit.name)
+            parts = ((role, diff) for role, one, diff in self.analysis.gradients if one.name == unit.name)
             users = frozenset(role for role, used in self.analysis.roles if unit in leaves(used))
-            found.append(Unit(unit.name, text, users, tuple(self._term(None, role, diff) for role, diff in terms)))
+            terms = tuple(self._term(None, role, diff) for role, diff in parts)
+            found.append(Unit(unit.name, text, users, terms, isinstance(expr, Input)))
         return tuple(found)
 
     @property
@@ -113,6 +116,18 @@ class ErasePlan:
             return None
         return next(unit for unit in self.units if unit.name == found[0][0].name)
 
+    @staticmethod
+    def only(unit: Unit | None, role: str) -> bool:
+        """Whether there is such a unit, and its gradient is that of the role."""
+        return unit is not None and [term.text for term in unit.terms] == [f"b_d{role}"]
+
+    @property
+    def early_gradients(self) -> tuple[str, ...]:
+        """The inputs whose gradients are whole once the query has its own."""
+        unit = self.late_unit("query")
+        roles = {"query", *((unit.name,) if unit and self.only(unit, "query") else ())}
+        return tuple(x.name for x in self.gradients if x.terms and roles.issuperset(term.role for term in x.terms))
+
     @property
     def erase_rows(self) -> tuple[str, ...]:
         """Rows that the chunk-parallel kernel makes for the serial ones: of query, a, b and key. With delta a is the
@@ -120,6 +135,35 @@ class ErasePlan:
         if not self.delta:
             return ("q", "a", "b", "k")
         return ("q", "a", "b") if self.channel_decay else ("q", "b")
+
+    @property
+    def late_norms(self) -> tuple[str, ...]:
+        """The rows whose norms the forward keeps, after erase_factors: those that are inputs as they lie."""
+        return tuple(row for row in ("q", "b") if row in self.erase_rows and self.direct_row(row))
+
+    def direct_row(self, row: str) -> TensorArg | None:
+        """The input that rows of a role are as they lie, if they are one but for its norm."""
+        unit = self.late_unit({"q": "query", "b": "key"}[row]) if row in ("q", "b") else None
+        return next((one for one in self.unit_tensors if unit and unit.text == one.block), None)
+
+    @property
+    def direct_rows(self) -> tuple[TensorArg, ...]:
+        """These inputs, which the serial kernels read themselves."""
+        return tuple(dict.fromkeys(one for row in self.erase_rows if (one := self.direct_row(row))))
+
+    @property
+    def made_rows(self) -> tuple[str, ...]:
+        """The rows that the chunk-parallel kernel has to make."""
+        return tuple(row for row in self.erase_rows if not self.direct_row(row))
+
+    @property
+    def erase_kept(self) -> tuple[str, ...]:
+        """What the training forward keeps beside states: pairs inside chunks, factors and decays of rows and chunks."""
+        if not self.erase:
+            return ()
+        pairs = ("M", "A") if self.delta else ("M", "A", "B", "C")
+        decay = ("en",) if self.decay != "none" else ()
+        return (*pairs, *(("fs",) if self.erase_factors else ()), *decay, *(("far",) if self.decay == "key" else ()))
 
     @property
     def chain_rows(self) -> tuple[str, ...]:

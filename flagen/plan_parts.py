@@ -91,12 +91,13 @@ class Term(NamedTuple):
 
 class Unit(NamedTuple):
     """A normalised vector. text: what it is the l2norm of, over blocks [BT, BK]; users: the roles that it stands in;
-    terms: what these give to its gradient."""
+    terms: what these give to its gradient; loaded: whether it is that of an input."""
 
     name: str
     text: str
     users: frozenset[str]
     terms: tuple[Term, ...]
+    loaded: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ OWN_BLOCKS = frozenset(
     with2 zq zt a b e hw dhw M B C E dB dC dD dar dbd dkd ea xa xw or ol late early corner rq ra rb rk fa fb za zb
     zkey ce vf rn wt nz kz ones dw row rest last sums even odd
     da db derase derase_a derase_b pA pB pC pD
-    qdi kdi tn aq ak ce se zri zli dqdr dqdi dkdr dkdi ally
+    on ez nq nb xz rkey hd hwd qdi kdi tn aq ak ce se zri zli dqdr dqdi dkdr dkdi ally
     """.split()  # noqa: SIM905
 )
 

@@ -58,7 +58,8 @@ class Tile:
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """Launch-time constants. fwd_L, bwd_L, dq_L: tokens per piece of a sequence, a multiple of LC, or 0 where it is not
-    cut. rows: the tile of the sweeps for query and key, whose programs have a block of K, its BV, and all of V.
+    cut. rows: the tile of the sweeps for query and key, whose programs have a block of K, its BV, and all of V; of an
+    erase whose rows have factors, that of the kernel for all states.
 
     DOT, PRECISION: dtype of the products' operands and how fp32 ones are multiplied; SUM_PRECISION: the same for sums
     of log decays; PARTS: how many bf16 parts of a log decay are summed. beside: sweeps that do not depend on each other
@@ -148,8 +149,7 @@ def schedule(
     import triton
     import triton.language as tl
 
-    # a state of few rows is rewritten over and over, and roundings of what is erased add up: bf16 would be too coarse
-    low = dtype == torch.bfloat16 and not (plan.erase and shape.K <= 32)
+    low, BT = products(plan, shape.K, dtype, chunk_size)
     F = rows_of_state(plan, shape.K)
     BK, BF = block(shape.K, triton), block(F, triton)
     if plan.tiled:
@@ -157,7 +157,6 @@ def schedule(
         BK, BF = max(32, block(shape.K + 1, triton)), max(64, block(-(-F // TILES), triton))
     parts = 2 if plan.complex else 1
     BV = value_block(block(shape.V, triton), BF * parts, STATE_ELEMENTS)
-    BT = chunk_size or chunk(plan, BF, low)
     programs = shape.N * shape.H
     LC = max(checkpoint or checkpoint_of(plan), BT) // BT * BT
     bwd = tile(BT, BV, BF * BV * parts, 1)
@@ -179,14 +178,14 @@ def schedule(
         # four warps hold the rows of a chunk of 32 twice
         intra = Tile(BT, 32, 2, 1)
     if plan.erase:
-        # not pipelined, so that two programs fit a multiprocessor; blocks of 32 value channels are not believed
-        size = max(64, BV if BF > 128 else value_block(BV, BF, STATE_ELEMENTS // 2))
-        fwd = bwd = tile(BT, size, BF * size, 1)
+        fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == BV == block(shape.V, triton) == 128)
         # with a decay per key channel the key channels come in blocks of 64
         warps = 4 if BK <= 128 or plan.decay == "key" else 8
         intra, bwd_intra = Tile(BT, 64, warps, 1), Tile(BT, min(64, 8192 // BK), 8, 1)
     whole = block(shape.V, triton)
     rows = turned_tile(BT, BK, whole) if plan.turned else sweep_tile(BT, BK, whole, low)
+    if plan.erase:
+        rows = Tile(fwd.BT, fwd.BV, fwd.num_warps, 1)
     fwd_L = piece(shape, programs * -(-shape.V // fwd.BV), device, LC)
     bwd_L = piece(shape, programs * -(-shape.V // bwd.BV), device, LC)
     # these pieces begin at checkpoints and cost next to nothing: enough of them to fill the device evenly
@@ -222,6 +221,36 @@ def schedule(
         checkpoint=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
         beside=beside,
     )
+
+
+def products(plan: Plan, K: int, dtype: torch.dtype, chunk_size: int | None) -> tuple[bool, int]:
+    """Whether operands of products are bf16, and tokens per chunk."""
+    import torch
+    import triton
+
+    # a state of few rows is rewritten over and over, and roundings of what is erased add up: bf16 would be too coarse
+    low = dtype == torch.bfloat16 and not (plan.erase and K <= 32)
+    F = rows_of_state(plan, K)
+    return low, chunk_size or chunk(
+        plan, max(64, block(-(-F // TILES), triton)) if plan.tiled else block(F, triton), low
+    )
+
+
+def erase_kept(
+    plan: Plan, shape: Shape, dtype: torch.dtype, chunk_size: int | None, packed: bool
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what the training forward of an erase keeps beside its states; none for others."""
+    import torch
+
+    low, BT = products(plan, shape.K, dtype, chunk_size)
+    rows = shape.B, shape.T, shape.H
+    chunks = shape.T // BT + shape.N if packed else shape.N * -(-shape.T // BT)
+    kinds = dict.fromkeys("MABC", ((*rows, BT), torch.bfloat16 if low else torch.float32)) | {
+        "fs": ((len(plan.erase_factors + plan.late_norms), *rows), torch.float32),
+        "en": ((chunks, shape.H, *((shape.K,) if plan.decay == "key" else ())), torch.float32),
+        "far": (rows, torch.int8),
+    }
+    return [kinds[x] for x in plan.erase_kept]
 
 
 def block(size: int, triton: Any) -> int:
@@ -273,6 +302,20 @@ def feature_tile(BF: int, widest: int, chunk_size: int | None, low: bool) -> Til
 def serial_tile(BT: int, rows: int, columns: int) -> Tile:
     """The tile of a serial kernel whose next chunks are loaded while it works on one: a program a multiprocessor."""
     return Tile(BT, columns, 8 if rows * columns > STATE_ELEMENTS // 2 else 4, 3)
+
+
+def erase_tile(plan: Plan, BT: int, BF: int, BV: int, device: Device, whole: bool) -> Tile:
+    """The tile of the serial kernels of an erase. whole: the state is 128 x 128, with bf16 operands: chunks are loaded
+    early, with all of the state in a program or, where rows have factors, which take registers, with half of it and two
+    programs a multiprocessor. Else they are not; blocks of 32 value channels are not believed."""
+    chunk_bytes = 2 * BT * (len(plan.erase_rows) * BF + (2 if plan.delta else 4) * BT)
+    held = 2 * BT * BV + (16 << 10)  # the value is no operand as it lies, and the state's roundings need a place
+    if whole and plan.erase_factors and 2 * (2 * chunk_bytes + held // 2) <= device.shared:
+        return Tile(BT, 64, 4, 2)
+    if whole and not plan.erase_factors and 3 * chunk_bytes + 2 * held <= device.shared:
+        return Tile(BT, BV, 8, 3)
+    size = max(64, BV if BF > 128 else value_block(BV, BF, STATE_ELEMENTS // 2))
+    return tile(BT, size, BF * size, 1)
 
 
 def cut(shape: Shape, BT: int, LC: int, rows: int, widest: int, device: Device, passes: int) -> tuple[int, int]:

@@ -85,6 +85,8 @@ def _facts(plan: Plan, schedule: str, backend: str) -> tuple[tuple[str, str], ..
 def _literal(name: str, value: Any) -> str:
     if value is None or isinstance(value, (bool, int, str)):
         return repr(value)
+    if isinstance(value, tuple) and all(isinstance(x, str) for x in value):
+        return repr(value)
     if name == "inputs":
         rows = (f"Facts(name={x.name!r}, axes={x.axes!r}, channel={x.channel!r})" for x in value)
         return f"({', '.join(rows)},)"

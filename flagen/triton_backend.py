@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .schedule import Schedule, Shape, checkpoint_of, device_of, rows_of_state, schedule
+from .schedule import Schedule, Shape, checkpoint_of, device_of, erase_kept, rows_of_state, schedule
 from .torch_backend import Forward
 from .triton_ahead import Ahead, like
 from .triton_record import is_collecting
@@ -98,6 +98,8 @@ class TritonBackend:
             o, ht, hc, *rest = launchers.fwd(
                 *inputs, *constants, *start, cu_seqlens, scale, plan, final=want_final, save=save
             )
+        if self.plan.erase:
+            return o, *((ht,) if want_final else ()), *((hc.view(-1), *rest) if save else ())
         zt, zc, den = rest or (None, None, None)
         final = (*self._public((ht, zt)[: 1 + self.normalized]), *scales) if want_final else ()
         if not save:
@@ -160,13 +162,13 @@ class TritonBackend:
         (o,), (cu_seqlens,) = o, bounds
         if not is_collecting():
             self._ahead.wait()
-        constants = (*constants, *saved[3:])
+        constants = (*constants, *(saved[3:] if self.stabilized else ()))
         sizes, prepared = self._sizes(inputs, cu_seqlens), self._prepared(inputs)
         end = self._ends(dfinal, sizes, o)
         do = torch.zeros_like(o) if do is None else do if do.stride(-1) == 1 else do.contiguous()
         F = rows_of_state(self.plan, sizes.K)
         hc = saved[0].view(-1, sizes.H, F, sizes.V, *((2,) if self.plan.complex else ()))
-        extra = (o, saved[2], saved[1].view(-1, sizes.H, F)) if self.normalized else ()
+        extra = (o, saved[2], saved[1].view(-1, sizes.H, F)) if self.normalized else (saved[1:],) * self.plan.erase
         plan = self.schedule(prepared, sizes)
         with torch.cuda.device_of(o):
             found, *d_initial = launchers.bwd(
@@ -252,7 +254,8 @@ class TritonBackend:
         dtype = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
         states = like.new_empty((slots * sizes.H * F * sizes.V * (2 if self.plan.complex else 1),), dtype=dtype)
         if not self.normalized:
-            return (states,)
+            kept = erase_kept(self.plan, sizes, like.dtype, self.options["chunk_size"], cu_seqlens is not None)
+            return states, *(like.new_empty(shape, dtype=kind) for shape, kind in kept)
         z = like.new_empty((slots * sizes.H * F,), dtype=torch.float32)
         rows = range(1 + len(self.plan.analysis.gauges))
         return states, z, *(like.new_empty((sizes.B, sizes.T, sizes.H), dtype=torch.float32) for _ in rows)

@@ -77,7 +77,7 @@ def unit_inverse(b_A, BT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.cons
 
 
 # All that needs no state, so that the serial kernels are left with little to do for each chunk; a program owns a chunk and a head.
-# rq, rb [B, T, H, K]: rows of the roles; fs: what they are multiplied by.
+# fs: what rows of q, a, b are multiplied by.
 # Matrices [B, T, H, BT] of the pairs of tokens inside the chunk: With q, a, b the rows of query and erase, decayed in between: M = (1 + a b^T)^-1 - 1, A = scale q b^T.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def gated_delta_net_intra_kernel(
@@ -87,8 +87,6 @@ def gated_delta_net_intra_kernel(
     beta,
     M,
     A,
-    rq,
-    rb,
     fs,
     fs_sp,
     en,
@@ -151,7 +149,6 @@ def gated_delta_net_intra_kernel(
     o_k = tl.arange(0, BK)
     m_k = o_k < K
     m_tk = m_t[:, None] & m_k[None, :]
-
     # [BT, BK]
     p_x = q + o_t[:, None] * q_st + o_k[None, :]
     b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
@@ -163,11 +160,11 @@ def gated_delta_net_intra_kernel(
     # [BT]
     b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
     # [BT, BK] and [BT]
-    b_unit0 = tl.where(m_tk, b_q, 0.0)
+    b_unit0 = b_q
     b_norm_unit0 = 1.0 / tl.sqrt(tl.sum(b_unit0 * b_unit0, 1) + 1e-06)
     b_unit0 *= b_norm_unit0[:, None]
     # [BT, BK] and [BT]
-    b_unit1 = tl.where(m_tk, b_k, 0.0)
+    b_unit1 = b_k
     b_norm_unit1 = 1.0 / tl.sqrt(tl.sum(b_unit1 * b_unit1, 1) + 1e-06)
     b_unit1 *= b_norm_unit1[:, None]
     # [BT] and [BT, BK]
@@ -187,6 +184,12 @@ def gated_delta_net_intra_kernel(
         b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
     b_ea = b_eq
     b_en = tl.exp(tl.sum(b_ld, 0))
+    tl.store(fs + 0 * fs_sp.to(tl.int64) + o_row, scale * b_eq * b_norm_unit0, mask=m_t)
+    tl.store(fs + 1 * fs_sp.to(tl.int64) + o_row, b_e * b_ea * b_norm_unit1, mask=m_t)
+    tl.store(fs + 2 * fs_sp.to(tl.int64) + o_row, b_ek * b_norm_unit1, mask=m_t)
+    tl.store(fs + 3 * fs_sp.to(tl.int64) + o_row, b_norm_unit0, mask=m_t)
+    tl.store(fs + 4 * fs_sp.to(tl.int64) + o_row, b_norm_unit1, mask=m_t)
+    tl.store(en + i_ph, b_en)
     # [BT, BT]
     if DOT == tl.bfloat16:
         # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
@@ -204,13 +207,6 @@ def gated_delta_net_intra_kernel(
     b_A *= b_norm_unit1[None, :]
     p_x = o_row[:, None] * BT + o_i[None, :]
     tl.store(A + p_x, b_A.to(A.dtype.element_ty), mask=m_t[:, None])
-    p_r = o_row[:, None] * K + o_k[None, :]
-    tl.store(rq + p_r, b_q.to(rq.dtype.element_ty), mask=m_tk)
-    tl.store(rb + p_r, b_k.to(rb.dtype.element_ty), mask=m_tk)
-    tl.store(fs + 0 * fs_sp.to(tl.int64) + o_row, scale * b_eq * b_norm_unit0, mask=m_t)
-    tl.store(fs + 1 * fs_sp.to(tl.int64) + o_row, b_e * b_ea * b_norm_unit1, mask=m_t)
-    tl.store(fs + 2 * fs_sp.to(tl.int64) + o_row, b_ek * b_norm_unit1, mask=m_t)
-    tl.store(en + i_ph, b_en)
     # without its ones, so that most of what it multiplies is not rounded
     b_M = tl.where(o_i[:, None] == o_i[None, :], 0.0, unit_inverse(b_M, BT, LEVELS, INVERSE))
     tl.store(M + p_x, b_M.to(M.dtype.element_ty), mask=m_t[:, None])
@@ -222,10 +218,10 @@ def gated_delta_net_intra_kernel(
 def gated_delta_net_fwd_kernel(
     v,
     beta,
+    q,
+    k,
     M,
     A,
-    rq,
-    rb,
     fs,
     fs_sp,
     en,
@@ -242,6 +238,12 @@ def gated_delta_net_fwd_kernel(
     beta_sb,
     beta_st,
     beta_sh,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
     N,
     T,
     H,
@@ -251,6 +253,8 @@ def gated_delta_net_fwd_kernel(
     NT,
     G_v: tl.constexpr,
     G_beta: tl.constexpr,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
@@ -277,88 +281,134 @@ def gated_delta_net_fwd_kernel(
     v += (i_h // G_v) * v_sh
     beta += i_b * beta_sb
     beta += (i_h // G_beta) * beta_sh
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    o_f = o_k
-    m_fv = m_k[:, None] & m_v[None, :]
+    o_vk = o_k[None, :] * V + o_v[:, None]
+    m_vk = m_v[:, None] & m_k[None, :]
 
-    # [BK, BV]
-    b_h = tl.zeros([BF, BV], dtype=tl.float32)
-    if h0 is not None:
-        i_s = i_ph if PIECES else i_nh
-        p_h0 = h0 + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-        b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
-
-    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
-        i_t = i_c * BT
-        i_lo = tl.maximum(i_start - i_t, 0)
-        n_t = tl.minimum(i_end - i_t, BT) - i_lo
-        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-        i_t = i_t.to(tl.int64)
-        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-        o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
-        m_tk = m_t[:, None] & m_k[None, :]
-        m_tv = m_t[:, None] & m_v[None, :]
-        if hc is not None:
-            if (i_t % LC == 0) | (i_t <= i_start):
-                i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
-
-        # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
-        # [BT]
-        b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
-        # [BT, BV]
-        b_value = tl.where(m_tv, b_v * b_beta[:, None], 0.0)
-        # [BT, BK]
-        b_rb = tl.load(rb + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
-        b_fa = tl.load(fs + 1 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-        # [BT, BT]
-        b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
-        # [BT, BV]
-        b_hw = tl.dot(b_rb, b_h.to(DOT), input_precision=PRECISION)
-        b_hw *= b_fa[:, None]
-        b_hw = b_value - b_hw
-        b_hw = plus(b_hw, tl.dot(b_M, b_hw.to(DOT), input_precision=PRECISION))
-        if hw is not None:
-            tl.store(hw + (o_row[:, None] * V + o_v[None, :]), b_hw.to(hw.dtype.element_ty), mask=m_tv)
-        if o is not None:
+    if o is None:
+        # [BK, BV]: the states before all chunks, from those that were kept. What rows are multiplied by takes fewer registers where tokens are rows
+        b_h = tl.load(h0 + i_ph * (K * V) + tl.trans(o_vk), mask=tl.trans(m_vk), other=0.0).to(tl.float32)
+        for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
+            i_t = i_c * BT
+            i_lo = tl.maximum(i_start - i_t, 0)
+            n_t = tl.minimum(i_end - i_t, BT) - i_lo
+            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+            i_t = i_t.to(tl.int64)
+            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+            o_t = i_t + o_i
+            o_row = (i_b * T + o_t) * H + i_h
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
+            i_s = (i_t // BT + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+            tl.store(hc + i_s * (K * V) + tl.trans(o_vk), b_h.to(hc.dtype.element_ty), mask=tl.trans(m_vk))
+            # [BT, BV]
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
+            # [BT]
+            b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
             # [BT, BK]
-            b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
-            b_fq = tl.load(fs + 0 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+            b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+            b_fa = tl.load(fs + 1 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
             # [BT, BT]
-            b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
-            b_o = tl.dot(b_rq, b_h.to(DOT), input_precision=PRECISION)
-            b_o *= b_fq[:, None]
-            b_o = plus(b_o, tl.dot(b_A, b_hw.to(DOT), input_precision=PRECISION))
-            p_o = o + (o_row[:, None] * V + o_v[None, :])
-            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
-        b_fb = tl.load(fs + 2 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-        i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
-        b_en = tl.load(en + i_s)
-        b_h = b_h * b_en
-        b_h = tl.dot(tl.trans(b_rb), (b_hw * b_fb[:, None]).to(DOT), b_h, input_precision=PRECISION)
+            b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+            b_fb = tl.load(fs + 2 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+            i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
+            b_en = tl.load(en + i_s)
+            # [BT, BV]
+            b_value = tl.where(m_tv, b_v * b_beta[:, None], 0.0)
+            # [BT, BV]
+            b_hw = tl.dot(b_rb, b_h.to(DOT), input_precision=PRECISION)
+            b_hw *= b_fa[:, None]
+            b_hw = b_value - b_hw
+            b_hw = plus(b_hw, tl.dot(b_M, b_hw.to(DOT), input_precision=PRECISION))
+            tl.store(hw + (o_row[:, None] * V + o_v[None, :]), b_hw.to(hw.dtype.element_ty), mask=m_tv)
+            b_h = b_h * b_en
+            b_h = tl.dot(tl.trans(b_rb), (b_hw * b_fb[:, None]).to(DOT), b_h, input_precision=PRECISION)
+    else:
+        # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
+        b_h = tl.zeros([BV, BK], dtype=tl.float32)
+        if h0 is not None:
+            b_h = tl.load(h0 + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
 
-    if ht is not None:
-        if is_last:
-            p_ht = ht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
+        # from one checkpoint to the next: a store inside the inner loop would take registers in each of its turns
+        for i_l in range(i_start // LC, tl.cdiv(i_end, LC) if hc is not None else i_start // LC + 1):
+            i_next = i_end
+            if hc is not None:
+                i_next = tl.minimum(i_end, (i_l + 1) * LC)
+                i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+                tl.store(hc + i_s * (K * V) + o_vk, b_h.to(hc.dtype.element_ty), mask=m_vk)
+            for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
+                i_t = i_c * BT
+                i_lo = tl.maximum(i_start - i_t, 0)
+                n_t = tl.minimum(i_end - i_t, BT) - i_lo
+                m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+                i_t = i_t.to(tl.int64)
+                # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+                o_t = i_t + o_i
+                o_row = (i_b * T + o_t) * H + i_h
+                m_tk = m_t[:, None] & m_k[None, :]
+                m_tv = m_t[:, None] & m_v[None, :]
+                i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
+                b_en = tl.load(en + i_s)
+                # [BT, BK]
+                b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+                b_fa = tl.load(fs + 1 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+                # [BV, BT]
+                b_hd = b_h.to(DOT)
+                b_hw = tl.dot(b_hd, tl.trans(b_rb), input_precision=PRECISION)
+                b_hw *= b_fa[None, :]
+                # [BT, BV]
+                p_x = v + o_t[:, None] * v_st + o_v[None, :]
+                b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
+                # [BT]
+                b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
+                # [BT, BV]
+                b_value = tl.where(m_tv, b_v * b_beta[:, None], 0.0)
+                b_hw = tl.trans(b_value) - b_hw
+                # [BT, BT]
+                b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+                b_hw = tl.dot(b_hw.to(DOT), tl.trans(b_M), b_hw, input_precision=PRECISION)
+                b_hwd = b_hw.to(DOT)
+                if hw is not None:
+                    tl.store(hw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_hw.to(hw.dtype.element_ty)), mask=m_tv)
+                b_fb = tl.load(fs + 2 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+                b_hw = (b_hw * b_fb[None, :]).to(DOT)
+                if o is not None:
+                    # [BT, BK]
+                    b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+                    b_fq = tl.load(fs + 0 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+                    b_o = tl.dot(b_hd, tl.trans(b_rq), input_precision=PRECISION)
+                b_h *= b_en
+                b_h = tl.dot(b_hw, b_rb, b_h, input_precision=PRECISION)
+                if o is not None:
+                    b_o *= b_fq[None, :]
+                    # [BT, BT]
+                    b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+                    b_o = tl.dot(b_hwd, tl.trans(b_A), b_o, input_precision=PRECISION)
+                    p_o = o + (o_row[:, None] * V + o_v[None, :])
+                    tl.store(p_o, tl.trans(b_o.to(o.dtype.element_ty)), mask=m_tv)
+
+        if ht is not None:
+            if is_last:
+                tl.store(ht + i_nh * (K * V) + o_vk, b_h.to(ht.dtype.element_ty), mask=m_vk)
 
 
 # The adjoints of the state, backward in time: dhs, those at the ends of chunks, and dhw [B, T, H, V], (1 + M)^T times the gradient of what
 # a chunk writes with b. A program owns a sequence, a head and a block of V.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NT"])
 def gated_delta_net_bwd_state_kernel(
+    q,
+    k,
     M,
     A,
-    rq,
-    rb,
     fs,
     fs_sp,
     en,
@@ -372,12 +422,20 @@ def gated_delta_net_bwd_state_kernel(
     do_sb,
     do_st,
     do_sh,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
     N,
     T,
     H,
     L,
     NP,
     NT,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
@@ -397,19 +455,22 @@ def gated_delta_net_bwd_state_kernel(
     i_b = i_n if cu_seqlens is None else i_n * 0
     # row of the piece, and of the sequence, in tensors with a head axis
     i_nh = i_n * H + i_h
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    o_f = o_k
-    m_fv = m_k[:, None] & m_v[None, :]
+    o_vk = o_k[None, :] * V + o_v[:, None]
+    m_vk = m_v[:, None] & m_k[None, :]
 
-    # [BK, BV]
-    b_dh = tl.zeros([BF, BV], dtype=tl.float32)
+    # [BV, BK]: value channels are rows, as in the forward
+    b_dh = tl.zeros([BV, BK], dtype=tl.float32)
     if dht is not None:
-        p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-        b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
+        b_dh = tl.load(dht + (i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
     for i in range(n_c):
@@ -424,14 +485,11 @@ def gated_delta_net_bwd_state_kernel(
         o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
-        p_dhs = dhs + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-        tl.store(p_dhs, b_dh.to(dhs.dtype.element_ty), mask=m_fv)
         # [BT, BK]
-        b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
         b_fq = tl.load(fs + 0 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
         # [BT, BK]
-        b_rb = tl.load(rb + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
         b_fa = tl.load(fs + 1 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
         b_fb = tl.load(fs + 2 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
         # [BT, BT]
@@ -440,20 +498,21 @@ def gated_delta_net_bwd_state_kernel(
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
-        b_dhw = tl.dot(b_rb, b_dh.to(DOT), input_precision=PRECISION)
-        b_dhw *= b_fb[:, None]
-        b_dhw = plus(b_dhw, tl.dot(tl.trans(b_A), b_do, input_precision=PRECISION))
-        b_dhw = plus(b_dhw, tl.dot(tl.trans(b_M), b_dhw.to(DOT), input_precision=PRECISION))
-        tl.store(dhw + (o_row[:, None] * V + o_v[None, :]), b_dhw.to(dhw.dtype.element_ty), mask=m_tv)
         i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
         b_en = tl.load(en + i_s)
-        b_dh = b_dh * b_en
-        b_dh = tl.dot(tl.trans(b_rq), (b_do * b_fq[:, None]).to(DOT), b_dh, input_precision=PRECISION)
-        b_dh = tl.dot(tl.trans(b_rb), (b_dhw * -b_fa[:, None]).to(DOT), b_dh, input_precision=PRECISION)
+        tl.store(dhs + i_s * (K * V) + o_vk, b_dh.to(dhs.dtype.element_ty), mask=m_vk)
+        # [BV, BT]
+        b_dhw = tl.dot(b_dh.to(DOT), tl.trans(b_rb), input_precision=PRECISION)
+        b_dhw *= b_fb[None, :]
+        b_dhw = plus(b_dhw, tl.dot(tl.trans(b_do), b_A, input_precision=PRECISION))
+        b_dhw = tl.dot(b_dhw.to(DOT), b_M, b_dhw, input_precision=PRECISION)
+        tl.store(dhw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_dhw.to(dhw.dtype.element_ty)), mask=m_tv)
+        b_dh *= b_en
+        b_dh = tl.dot(tl.trans((b_do * b_fq[:, None]).to(DOT)), b_rq, b_dh, input_precision=PRECISION)
+        b_dh = tl.dot((b_dhw * -b_fa[None, :]).to(DOT), b_rb, b_dh, input_precision=PRECISION)
 
     if dh0 is not None:
-        p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-        tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
+        tl.store(dh0 + i_nh * (K * V) + o_vk, b_dh.to(dh0.dtype.element_ty), mask=m_vk)
 
 
 # All gradients. A program owns a chunk and a head; it has the states hs at the chunk's start and their adjoints dhs at its end, what
@@ -465,6 +524,8 @@ def gated_delta_net_bwd_kernel(
     v,
     g,
     beta,
+    fs,
+    fs_sp,
     do,
     hw,
     dhw,
@@ -550,74 +611,16 @@ def gated_delta_net_bwd_kernel(
     m_after = o_i[None, :] > o_i[:, None]
     b_sum_g = tl.zeros([BT], dtype=tl.float32)
     b_sum_beta = tl.zeros([BT], dtype=tl.float32)
-    # gradients of scale q b^T and a b^T [BT, BT], of query and a by the first state, and of b by the last one [BT, BK]
-    b_dA = tl.zeros([BT, BT], dtype=tl.float32)
-    b_dD = tl.zeros([BT, BT], dtype=tl.float32)
-    b_dqr = tl.zeros([BT, BK], dtype=tl.float32)
-    b_dar = tl.zeros([BT, BK], dtype=tl.float32)
-    b_dbd = tl.zeros([BT, BK], dtype=tl.float32)
-    # [BK]: states times adjoints
-    b_all = tl.zeros([BK], dtype=tl.float32)
-    for i_v in range(tl.cdiv(V, BV)):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = o_v < V
-        m_tv = m_t[:, None] & m_v[None, :]
-        m_kv = m_k[:, None] & m_v[None, :]
-        # [BT, BV]
-        p_v = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_v, mask=m_tv, other=0.0).to(tl.float32)
-        # [BT]
-        b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
-        # [BT, BV]
-        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-        b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
-        p_w = o_row[:, None] * V + o_v[None, :]
-        b_hw = tl.load(hw + p_w, mask=m_tv, other=0.0)
-        b_dhw = tl.load(dhw + p_w, mask=m_tv, other=0.0)
-        # [BK, BV]
-        p_h = i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :])
-        b_h = tl.load(hs + p_h, mask=m_kv, other=0.0)
-        b_dh = tl.load(dhs + p_h, mask=m_kv, other=0.0)
-        b_dA += tl.dot(b_do, tl.trans(b_hw), input_precision=PRECISION)
-        b_dD -= tl.dot(b_dhw, tl.trans(b_hw), input_precision=PRECISION)
-        b_dqr += tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
-        b_dar -= tl.dot(b_dhw, tl.trans(b_h), input_precision=PRECISION)
-        b_dbd += tl.dot(b_hw, tl.trans(b_dh), input_precision=PRECISION)
-        b_all += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
-        # [BT, BV]
-        b_dvalue = b_dhw.to(tl.float32)
-        if dv is not None:
-            b_dv_ = b_dvalue * (b_beta[:, None])
-            p_d = dv + (o_row[:, None] * V + o_v[None, :])
-            tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
-        if dbeta is not None:
-            b_sum_beta += tl.sum(b_dvalue * (b_v), 1)
-
-
-    # [BT, BK]
-    p_x = q + o_t[:, None] * q_st + o_k[None, :]
-    b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-    # [BT, BK]
-    p_x = k + o_t[:, None] * k_st + o_k[None, :]
-    b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
     # [BT]
     b_g = tl.load(g + o_t * g_st, mask=m_t, other=0.0).to(tl.float32)
     # [BT]
     b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
-    # [BT, BK] and [BT]
-    b_unit0 = tl.where(m_tk, b_q, 0.0)
-    b_norm_unit0 = 1.0 / tl.sqrt(tl.sum(b_unit0 * b_unit0, 1) + 1e-06)
-    b_unit0 *= b_norm_unit0[:, None]
-    # [BT, BK] and [BT]
-    b_unit1 = tl.where(m_tk, b_k, 0.0)
-    b_norm_unit1 = 1.0 / tl.sqrt(tl.sum(b_unit1 * b_unit1, 1) + 1e-06)
-    b_unit1 *= b_norm_unit1[:, None]
-    b_key = b_unit1
-    b_query = b_unit0
-    # [BT] and [BT, BK]
+    # [BT]: the number of what is taken away; where it is 0 its own gradient is that at 1, and b_on is 0
     b_e = tl.where(m_t, b_beta, 0.0)
-    b_a = b_key * b_e[:, None]
-    b_b = b_key
+    b_on = tl.where(b_e == 0.0, 0.0, 1.0)
+    b_ez = tl.where(b_e == 0.0, 1.0, b_e)
+    b_nq = tl.load(fs + 3 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+    b_nb = tl.load(fs + 4 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
     # [BT]
     b_ld = tl.where(m_t, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
     b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
@@ -631,6 +634,26 @@ def gated_delta_net_bwd_kernel(
         b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
     b_ea = b_eq
     b_en = tl.exp(tl.sum(b_ld, 0))
+    # gradients of scale q b^T [BT, BT] and of the query by the first state [BT, BK]
+    b_dA = tl.zeros([BT, BT], dtype=tl.float32)
+    b_dqr = tl.zeros([BT, BK], dtype=tl.float32)
+    for i_v in range(tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        m_tv = m_t[:, None] & m_v[None, :]
+        m_kv = m_k[:, None] & m_v[None, :]
+        # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
+        b_hw = tl.load(hw + (o_row[:, None] * V + o_v[None, :]), mask=m_tv, other=0.0)
+        # [BK, BV]
+        b_h = tl.load(hs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
+        b_dA += tl.dot(b_do, tl.trans(b_hw), input_precision=PRECISION)
+        b_dqr += tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
+    # [BT, BK]
+    b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    # [BT, BK]
+    b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
     if DOT == tl.bfloat16:
         # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
         b_D = tl.exp(b_c[:, None] - b_c[None, :])
@@ -638,52 +661,105 @@ def gated_delta_net_bwd_kernel(
         b_E = tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0)
         b_D = tl.exp(sum_steps(o_i[None, :] <= o_i[:, None], b_E, 2, DOT, SUM_PRECISION))
     b_D = tl.where(o_i[:, None] >= o_i[None, :], b_D, 0.0)
+    b_D *= (b_nq * scale)[:, None]
+    b_D *= b_nb[None, :]
+    b_pA = (b_dA * b_D).to(DOT)
+    # [BT, BK]
+    b_dquery = b_dqr * (scale * b_eq * b_nq)[:, None]
+    b_dquery += tl.dot(b_pA, b_rb, input_precision=PRECISION)
+    # rows and sums of products are rounded alike, so that pairs on one side of a token cancel in the decay's gradient
+    b_xq = tl.sum(b_dquery * b_rq.to(tl.float32), 1)
+    b_dunit0 = b_dquery - (b_nq * b_nq * b_xq)[:, None] * b_rq.to(tl.float32)
+    if dq is not None:
+        b_dq_ = b_dunit0
+        p_dk = dq + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+    # gradients of a b^T [BT, BT] and of a by the first state [BT, BK]
+    b_dD = tl.zeros([BT, BT], dtype=tl.float32)
+    b_dar = tl.zeros([BT, BK], dtype=tl.float32)
+    for i_v in range(tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        m_tv = m_t[:, None] & m_v[None, :]
+        m_kv = m_k[:, None] & m_v[None, :]
+        b_hw = tl.load(hw + (o_row[:, None] * V + o_v[None, :]), mask=m_tv, other=0.0)
+        b_dhw = tl.load(dhw + (o_row[:, None] * V + o_v[None, :]), mask=m_tv, other=0.0)
+        # [BK, BV]
+        b_h = tl.load(hs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
+        # [BT, BV]
+        p_v = v + o_t[:, None] * v_st + o_v[None, :]
+        b_v = tl.load(p_v, mask=m_tv, other=0.0).to(tl.float32)
+        # [BT]
+        b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
+        # [BT, BV]
+        b_dD -= tl.dot(b_dhw, tl.trans(b_hw), input_precision=PRECISION)
+        b_dar -= tl.dot(b_dhw, tl.trans(b_h), input_precision=PRECISION)
+        # [BT, BV]
+        b_dvalue = b_dhw.to(tl.float32)
+        if dv is not None:
+            b_dv_ = b_dvalue * (b_beta[:, None])
+            p_dv = dv + (o_row[:, None] * V + o_v[None, :])
+            tl.store(p_dv, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
+        if dbeta is not None:
+            b_sum_beta += tl.sum(b_dvalue * (b_v), 1)
+    # [BT, BK]
+    b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    # [BT, BK]
+    b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    if DOT == tl.bfloat16:
+        # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+        b_D = tl.exp(b_c[:, None] - b_c[None, :])
+    else:
+        b_E = tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0)
+        b_D = tl.exp(sum_steps(o_i[None, :] <= o_i[:, None], b_E, 2, DOT, SUM_PRECISION))
     b_E = tl.where(o_i[:, None] > o_i[None, :], b_D, 0.0)
+    b_E *= (b_ez * b_nb)[:, None]
+    b_E *= b_nb[None, :]
+    b_pD = (b_dD * b_E).to(DOT)
+    # [BT, BK]
+    b_dkey = b_dar * (b_ez * b_ea * b_nb)[:, None]
+    b_dkey += tl.dot(b_pD, b_rb, input_precision=PRECISION)
+    b_xa = tl.sum(b_dkey * b_rb.to(tl.float32), 1)
+    b_derase = b_xa / b_ez
+    b_xa *= b_on
+    b_dkey *= b_on[:, None]
+    b_pD = (b_pD * b_on[:, None]).to(DOT)
+    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pA), b_rq, input_precision=PRECISION))
+    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pD), b_rb, input_precision=PRECISION))
+    b_xk = tl.sum(b_dkey * b_rb.to(tl.float32), 1) - b_xa
+    # gradients of b by the last state [BT, BK]
+    b_dbd = tl.zeros([BT, BK], dtype=tl.float32)
+    # [BK]: states times adjoints
+    b_all = tl.zeros([BK], dtype=tl.float32)
+    for i_v in range(tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        m_tv = m_t[:, None] & m_v[None, :]
+        m_kv = m_k[:, None] & m_v[None, :]
+        b_hw = tl.load(hw + (o_row[:, None] * V + o_v[None, :]), mask=m_tv, other=0.0)
+        # [BK, BV]
+        b_dh = tl.load(dhs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
+        b_dbd += tl.dot(b_hw, tl.trans(b_dh), input_precision=PRECISION)
+        if NEED_DECAY:
+            b_h = tl.load(hs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
+            b_all += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
+    # [BT, BK]
+    b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    b_dbd *= (b_ek * b_nb)[:, None]
+    b_xw = tl.sum(b_dbd * b_rb.to(tl.float32), 1)
+    b_dkey += b_dbd
+    b_xz = b_xa + b_xk + b_xw
     if NEED_DECAY:
-        # [BT]: pairs and reads by the row that reads, query and erase apart, less pairs by the row that was written; and writes
-        b_xq = tl.sum(b_query.to(tl.float32) * b_dqr, 1) * (b_eq * scale)
-        b_xa = tl.sum(b_a.to(tl.float32) * b_dar, 1) * b_ea
-        b_xw = tl.sum(b_b.to(tl.float32) * b_dbd, 1) * b_ek
-        b_xk = tl.zeros([BT], dtype=tl.float32)
-        b_x = tl.dot(b_query.to(DOT), tl.trans(b_b.to(DOT)), input_precision=PRECISION) * (b_D * scale) * b_dA
-        b_xq += tl.sum(b_x, 1)
-        b_xk += tl.sum(b_x, 0)
-        b_x = tl.dot(b_a.to(DOT), tl.trans(b_b.to(DOT)), input_precision=PRECISION) * b_E * b_dD
-        b_xa += tl.sum(b_x, 1)
-        b_xk += tl.sum(b_x, 0)
         b_x = tl.where(o_i[None, :] >= o_i[:, None], (b_xq - b_xk)[None, :], 0.0)
         b_x += tl.where(o_i[None, :] >= o_i[:, None], b_xa[None, :], 0.0)
         b_x += tl.where(o_i[None, :] < o_i[:, None], b_xw[None, :], 0.0)
         b_dlog_decay = tl.where(m_t, tl.sum(b_x, 1) + tl.sum(b_all, 0) * b_en, 0.0)
-    b_dA = (b_dA * b_D).to(DOT)
-    b_dD = (b_dD * b_E).to(DOT)
-    # [BT, BK]
-    b_dquery = b_dqr * b_eq[:, None]
-    b_da = b_dar * b_ea[:, None]
-    b_db = b_dbd * b_ek[:, None]
-    b_dquery += tl.dot(b_dA, b_b.to(DOT), input_precision=PRECISION)
-    b_da += tl.dot(b_dD, b_b.to(DOT), input_precision=PRECISION)
-    b_db += tl.dot(tl.trans(b_dA), b_query.to(DOT), input_precision=PRECISION) * scale
-    b_db += tl.dot(tl.trans(b_dD), b_a.to(DOT), input_precision=PRECISION)
-    b_dquery *= scale
-    b_derase = tl.sum(b_da * b_key, 1)
-    b_dkey = b_db + b_da * b_e[:, None]
-    # [BT, BK]
-    b_dunit0 = b_dquery
-    b_dunit0 -= b_unit0 * tl.sum(b_dunit0 * b_unit0, 1)[:, None]
-    b_dunit0 *= b_norm_unit0[:, None]
-    # [BT, BK]
-    b_dunit1 = b_dkey
-    b_dunit1 -= b_unit1 * tl.sum(b_dunit1 * b_unit1, 1)[:, None]
-    b_dunit1 *= b_norm_unit1[:, None]
-    if dq is not None:
-        b_dq_ = b_dunit0
-        p_d = dq + (o_row[:, None] * K + o_k[None, :])
-        tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+    b_dunit1 = b_dkey - (b_nb * b_nb * b_xz)[:, None] * b_rb.to(tl.float32)
+
     if dk is not None:
         b_dk_ = b_dunit1
-        p_d = dk + (o_row[:, None] * K + o_k[None, :])
-        tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
+        p_dk = dk + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
     if dg is not None:
         b_sum_g += tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
     if dbeta is not None:
@@ -779,11 +855,11 @@ def gated_delta_net_step_kernel(
         # [BT]
         b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
         # [BT, BK] and [BT]
-        b_unit0 = tl.where(m_tk, b_q, 0.0)
+        b_unit0 = b_q
         b_norm_unit0 = 1.0 / tl.sqrt(tl.sum(b_unit0 * b_unit0, 1) + 1e-06)
         b_unit0 *= b_norm_unit0[:, None]
         # [BT, BK] and [BT]
-        b_unit1 = tl.where(m_tk, b_k, 0.0)
+        b_unit1 = b_k
         b_norm_unit1 = 1.0 / tl.sqrt(tl.sum(b_unit1 * b_unit1, 1) + 1e-06)
         b_unit1 *= b_norm_unit1[:, None]
         b_key = b_unit1
@@ -851,17 +927,25 @@ def state(rows, H, F, V, like, dtype=torch.float32, make=torch.empty):
     return make(rows, H, F, V, dtype=dtype, device=like.device)
 
 
-def intra(q, k, g, beta, cu_seqlens, scale, s, shape):
-    """What the serial kernels take, by the names of their arguments."""
+def intra(q, k, g, beta, cu_seqlens, scale, s, shape, kept=None):
+    """What the serial kernels take, by the names of their arguments, and what of it a backward can have from the forward.
+
+    kept: this, from the forward.
+    """
     B, T, H, K, N = shape
     t = s.intra
     like = q
     NP, chunks = pieces(cu_seqlens, N, T, t.BT)
     common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
-    made = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", )}
-    made |= {x: torch.empty(B, T, H, K, dtype=common, device=like.device) for x in ("rq", "rb", )}
-    made |= {"fs": torch.empty(3, B, T, H, dtype=torch.float32, device=like.device), "fs_sp": B * T * H}
-    made["en"] = torch.empty(chunks, H, dtype=torch.float32, device=like.device)
+    is_first = kept is None
+    if is_first:
+        kept = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", )}
+        kept["fs"] = torch.empty(5, B, T, H, dtype=torch.float32, device=like.device)
+        kept["en"] = torch.empty(chunks, H, dtype=torch.float32, device=like.device)
+    made = {x: made for x, made in kept.items()}
+    made["fs_sp"] = B * T * H
+    if not is_first:
+        return made, kept
     gated_delta_net_intra_kernel[(chunks * H,)](
         q, k, g, beta,
         **made,
@@ -900,15 +984,15 @@ def intra(q, k, g, beta, cu_seqlens, scale, s, shape):
         num_warps=t.num_warps,
         num_stages=t.num_stages,
     )
-    return made
+    return made, kept
 
 
-def run(v, beta, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC):
+def run(v, beta, q, k, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC):
     """The serial kernel: over whole sequences, L = 0, or over pieces of L tokens that begin with the states h0."""
     N, T, H, K, V, F = shape
     NP, rows = pieces(cu_seqlens, N, T, L) if L else (1, N)
     gated_delta_net_fwd_kernel[(rows * H * triton.cdiv(V, t.BV),)](
-        v, beta,
+        v, beta, q, k,
         **made,
         o=o,
         hw=hw,
@@ -923,6 +1007,12 @@ def run(v, beta, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC)
         beta_sb=beta.stride(0),
         beta_st=beta.stride(1),
         beta_sh=beta.stride(2),
+        q_sb=q.stride(0),
+        q_st=q.stride(1),
+        q_sh=q.stride(2),
+        k_sb=k.stride(0),
+        k_st=k.stride(1),
+        k_sh=k.stride(2),
         N=N,
         T=T,
         H=H,
@@ -932,6 +1022,8 @@ def run(v, beta, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC)
         NT=-(-T // t.BT),
         G_v=H // v.shape[2],
         G_beta=H // beta.shape[2],
+        G_q=H // q.shape[2],
+        G_k=H // k.shape[2],
         K=K,
         V=V,
         F=F,
@@ -959,16 +1051,17 @@ def fwd(q, k, v, g, beta, h0, cu_seqlens, scale, s, final=False, save=False):
     o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
     ht = state(N, H, F, V, like) if final else None
     hc = state(N * -(-T // s.LC) if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
-    made = intra(q, k, g, beta, cu_seqlens, scale, s, (B, T, H, K, N))
-    run(v, beta, made, o, None, h0, ht, hc, cu_seqlens, scale, s, s.fwd, (N, T, H, K, V, F), 0, s.LC)
-    return o, ht, hc
+    made, kept = intra(q, k, g, beta, cu_seqlens, scale, s, (B, T, H, K, N))
+    run(v, beta, q, k, made, o, None, h0, ht, hc, cu_seqlens, scale, s, s.fwd, (N, T, H, K, V, F), 0, s.LC)
+    return o, ht, hc, *(kept.values() if save else ())
 
 
-def bwd(q, k, v, g, beta, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
+def bwd(q, k, v, g, beta, do, hc, kept, dht, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
     Gradients come as the kernels make them, for each input the summands and how many tokens a row of one sums:
     [B, T, H, C] for inputs with a time axis, [chunks, H, C] without one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
+    kept: what the forward returned after hc.
     """
     B, T, H, K, V, F, N = sizes(q, k, v, g, beta, cu_seqlens)
     like = v
@@ -991,17 +1084,17 @@ def bwd(q, k, v, g, beta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fals
     dg = gradient(g, "bth", needs[3])
     dbeta = gradient(beta, "bth", needs[4])
     dh0 = state(N, H, F, V, like) if initial else None
-    made = intra(q, k, g, beta, cu_seqlens, scale, s, (B, T, H, K, N))
+    kept = dict(zip(("M", "A", "fs", "en", ), kept, strict=True))
+    made, _ = intra(q, k, g, beta, cu_seqlens, scale, s, (B, T, H, K, N), kept)
     common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
     hw, dhw = (torch.empty(B, T, H, V, dtype=common, device=like.device) for _ in range(2))
     hs, dhs = (state(chunks, H, F, V, like, common) for _ in range(2))
-    run(v, beta, made, None, hw, hc, None, hs, cu_seqlens, scale, s, s.fwd, shape, s.LC, s.fwd.BT)
+    run(v, beta, q, k, made, None, hw, hc, None, hs, cu_seqlens, scale, s, s.rows, shape, s.LC, s.fwd.BT)
     t = s.bwd
     gated_delta_net_bwd_state_kernel[(N * H * triton.cdiv(V, t.BV),)](
+        q, k,
         M=made["M"],
         A=made["A"],
-        rq=made["rq"],
-        rb=made["rb"],
         fs=made["fs"],
         fs_sp=made["fs_sp"],
         en=made["en"],
@@ -1015,12 +1108,20 @@ def bwd(q, k, v, g, beta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fals
         do_sb=do.stride(0),
         do_st=do.stride(1),
         do_sh=do.stride(2),
+        q_sb=q.stride(0),
+        q_st=q.stride(1),
+        q_sh=q.stride(2),
+        k_sb=k.stride(0),
+        k_st=k.stride(1),
+        k_sh=k.stride(2),
         N=N,
         T=T,
         H=H,
         L=T + 1,
         NP=1,
         NT=NC,
+        G_q=H // q.shape[2],
+        G_k=H // k.shape[2],
         K=K,
         V=V,
         F=F,
@@ -1036,6 +1137,8 @@ def bwd(q, k, v, g, beta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fals
     t = s.bwd_intra
     gated_delta_net_bwd_kernel[(chunks * H,)](
         q, k, v, g, beta,
+        fs=made["fs"],
+        fs_sp=made["fs_sp"],
         do=do,
         hw=hw,
         dhw=dhw,

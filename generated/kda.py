@@ -241,7 +241,7 @@ def erase_apply(
 # rq, ra, rb [B, T, H, K]: rows of the roles with the decay from the chunk's start, or to its end; en [chunks, H, K]: that of the chunk.
 # Matrices [B, T, H, BT] of the pairs of tokens inside the chunk: With q, a, b the rows of query and erase, decayed in between: M = (1 + a b^T)^-1 - 1, A = scale q b^T.
 # The decay of a pair is the quotient of those since the chunk's start: rows that a decay beyond -SPAN leads to are marked in far [B, T, H]. TREE: the
-# pairs of such rows, by a product tree, in chunks that have any; with operands wider than bf16 all, and the rest too.
+# pairs of such rows, by a product tree, in chunks that have any; with operands wider than bf16 all, and the rest too. Not PAIRS: nothing but rows.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def kda_intra_kernel(
     q,
@@ -287,6 +287,7 @@ def kda_intra_kernel(
     SUM_PRECISION: tl.constexpr,
     INVERSE: tl.constexpr,
     TREE: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     i_h = (tl.program_id(0) % H).to(tl.int64)
     i_p = tl.program_id(0) // H
@@ -407,7 +408,7 @@ def kda_intra_kernel(
             if TREE:
                 b_z = tl.where(m_far[:, None], 0.0, b_z).to(DOT)
             b_M = tl.dot(b_z, tl.trans(b_zb), b_M, input_precision=PRECISION)
-        if TREE:
+        if TREE and PAIRS:
             b_x = erase_scores(b_a, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
             if DOT == tl.bfloat16:
                 b_x = tl.where(m_far[:, None], b_x, 0.0)
@@ -416,17 +417,18 @@ def kda_intra_kernel(
             if DOT == tl.bfloat16:
                 b_x = tl.where(m_far[:, None], b_x, 0.0)
             b_A += b_x
-        if not TREE:
+        if PAIRS and not TREE:
             b_c = tl.minimum(b_c, tl.min(b_ck, 1), propagate_nan=tl.PropagateNan.ALL)
-    if not TREE:
-        tl.store(far + o_row, tl.where(b_c > -SPAN, 0, 1).to(tl.int8), mask=m_t)
-    p_x = o_row[:, None] * BT + o_i[None, :]
-    b_A = tl.where(m_below, b_A, tl.where(o_i[:, None] == o_i[None, :], b_own[:, None], 0.0))
-    tl.store(A + p_x, b_A.to(A.dtype.element_ty), mask=m_t[:, None])
-    # without its ones, so that most of what it multiplies is not rounded
-    b_M = unit_inverse(tl.where(m_below, b_M, 0.0), BT, LEVELS, INVERSE)
-    b_M = tl.where(o_i[:, None] == o_i[None, :], 0.0, b_M)
-    tl.store(M + p_x, b_M.to(M.dtype.element_ty), mask=m_t[:, None])
+    if PAIRS:
+        if not TREE:
+            tl.store(far + o_row, tl.where(b_c > -SPAN, 0, 1).to(tl.int8), mask=m_t)
+        p_x = o_row[:, None] * BT + o_i[None, :]
+        b_A = tl.where(m_below, b_A, tl.where(o_i[:, None] == o_i[None, :], b_own[:, None], 0.0))
+        tl.store(A + p_x, b_A.to(A.dtype.element_ty), mask=m_t[:, None])
+        # without its ones, so that most of what it multiplies is not rounded
+        b_M = unit_inverse(tl.where(m_below, b_M, 0.0), BT, LEVELS, INVERSE)
+        b_M = tl.where(o_i[:, None] == o_i[None, :], 0.0, b_M)
+        tl.store(M + p_x, b_M.to(M.dtype.element_ty), mask=m_t[:, None])
 
 
 # A program owns one sequence, or with PIECES L tokens of one, a head and a block of V; it carries the state in registers, chunk by
@@ -494,70 +496,72 @@ def kda_fwd_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    o_f = o_k
-    m_fv = m_k[:, None] & m_v[None, :]
+    o_vk = o_k[None, :] * V + o_v[:, None]
+    m_vk = m_v[:, None] & m_k[None, :]
 
-    # [BK, BV]
-    b_h = tl.zeros([BF, BV], dtype=tl.float32)
+    # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
+    b_h = tl.zeros([BV, BK], dtype=tl.float32)
     if h0 is not None:
-        i_s = i_ph if PIECES else i_nh
-        p_h0 = h0 + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-        b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
+        b_h = tl.load(h0 + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
 
-    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
-        i_t = i_c * BT
-        i_lo = tl.maximum(i_start - i_t, 0)
-        n_t = tl.minimum(i_end - i_t, BT) - i_lo
-        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-        i_t = i_t.to(tl.int64)
-        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-        o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
-        m_tk = m_t[:, None] & m_k[None, :]
-        m_tv = m_t[:, None] & m_v[None, :]
+    # from one checkpoint to the next: a store inside the inner loop would take registers in each of its turns
+    for i_l in range(i_start // LC, tl.cdiv(i_end, LC) if hc is not None else i_start // LC + 1):
+        i_next = i_end
         if hc is not None:
-            if (i_t % LC == 0) | (i_t <= i_start):
-                i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-                tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
-
-        # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
-        # [BT]
-        b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
-        # [BT, BV]
-        b_value = tl.where(m_tv, b_v * b_beta[:, None], 0.0)
-        # [BT, BK]
-        b_ra = tl.load(ra + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
-        # [BT, BT]
-        b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
-        # [BT, BV]
-        b_hw = tl.dot(b_ra, b_h.to(DOT), input_precision=PRECISION)
-        b_hw = b_value - b_hw
-        b_hw = plus(b_hw, tl.dot(b_M, b_hw.to(DOT), input_precision=PRECISION))
-        if hw is not None:
-            tl.store(hw + (o_row[:, None] * V + o_v[None, :]), b_hw.to(hw.dtype.element_ty), mask=m_tv)
-        if o is not None:
+            i_next = tl.minimum(i_end, (i_l + 1) * LC)
+            i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+            tl.store(hc + i_s * (K * V) + o_vk, b_h.to(hc.dtype.element_ty), mask=m_vk)
+        for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
+            i_t = i_c * BT
+            i_lo = tl.maximum(i_start - i_t, 0)
+            n_t = tl.minimum(i_end - i_t, BT) - i_lo
+            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+            i_t = i_t.to(tl.int64)
+            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+            o_t = i_t + o_i
+            o_row = (i_b * T + o_t) * H + i_h
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
+            i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
+            b_en = tl.load(en + i_s * K + o_k, mask=m_k, other=0.0)
             # [BT, BK]
-            b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+            b_ra = tl.load(ra + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+            # [BV, BT]
+            b_hd = b_h.to(DOT)
+            b_hw = tl.dot(b_hd, tl.trans(b_ra), input_precision=PRECISION)
+            # [BT, BV]
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
+            # [BT]
+            b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
+            # [BT, BV]
+            b_value = tl.where(m_tv, b_v * b_beta[:, None], 0.0)
+            b_hw = tl.trans(b_value) - b_hw
             # [BT, BT]
-            b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
-            b_o = tl.dot(b_rq, b_h.to(DOT), input_precision=PRECISION)
-            b_o = plus(b_o, tl.dot(b_A, b_hw.to(DOT), input_precision=PRECISION))
-            p_o = o + (o_row[:, None] * V + o_v[None, :])
-            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
-        # [BT, BK]
-        b_rb = tl.load(rb + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
-        i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
-        b_en = tl.load(en + i_s * K + o_k, mask=m_k, other=0.0)
-        b_h = b_h * b_en[:, None]
-        b_h = tl.dot(tl.trans(b_rb), b_hw.to(DOT), b_h, input_precision=PRECISION)
+            b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+            b_hw = tl.dot(b_hw.to(DOT), tl.trans(b_M), b_hw, input_precision=PRECISION)
+            b_hwd = b_hw.to(DOT)
+            if hw is not None:
+                tl.store(hw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_hw.to(hw.dtype.element_ty)), mask=m_tv)
+            # [BT, BK]
+            b_rb = tl.load(rb + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+            b_hw = b_hwd
+            if o is not None:
+                # [BT, BK]
+                b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+                b_o = tl.dot(b_hd, tl.trans(b_rq), input_precision=PRECISION)
+            b_h *= b_en[None, :]
+            b_h = tl.dot(b_hw, b_rb, b_h, input_precision=PRECISION)
+            if o is not None:
+                # [BT, BT]
+                b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+                b_o = tl.dot(b_hwd, tl.trans(b_A), b_o, input_precision=PRECISION)
+                p_o = o + (o_row[:, None] * V + o_v[None, :])
+                tl.store(p_o, tl.trans(b_o.to(o.dtype.element_ty)), mask=m_tv)
 
     if ht is not None:
         if is_last:
-            p_ht = ht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-            tl.store(p_ht, b_h.to(ht.dtype.element_ty), mask=m_fv)
+            tl.store(ht + i_nh * (K * V) + o_vk, b_h.to(ht.dtype.element_ty), mask=m_vk)
 
 
 # The adjoints of the state, backward in time: dhs, those at the ends of chunks, and dhw [B, T, H, V], (1 + M)^T times the gradient of what
@@ -580,12 +584,14 @@ def kda_bwd_state_kernel(
     do_sb,
     do_st,
     do_sh,
+
     N,
     T,
     H,
     L,
     NP,
     NT,
+
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
@@ -605,19 +611,19 @@ def kda_bwd_state_kernel(
     i_b = i_n if cu_seqlens is None else i_n * 0
     # row of the piece, and of the sequence, in tensors with a head axis
     i_nh = i_n * H + i_h
+
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    o_f = o_k
-    m_fv = m_k[:, None] & m_v[None, :]
+    o_vk = o_k[None, :] * V + o_v[:, None]
+    m_vk = m_v[:, None] & m_k[None, :]
 
-    # [BK, BV]
-    b_dh = tl.zeros([BF, BV], dtype=tl.float32)
+    # [BV, BK]: value channels are rows, as in the forward
+    b_dh = tl.zeros([BV, BK], dtype=tl.float32)
     if dht is not None:
-        p_dht = dht + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-        b_dh = tl.load(p_dht, mask=m_fv, other=0.0).to(tl.float32)
+        b_dh = tl.load(dht + (i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
     for i in range(n_c):
@@ -632,9 +638,6 @@ def kda_bwd_state_kernel(
         o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
-        p_dhs = dhs + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
-        tl.store(p_dhs, b_dh.to(dhs.dtype.element_ty), mask=m_fv)
         # [BT, BK]
         b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
         # [BT, BK]
@@ -647,19 +650,20 @@ def kda_bwd_state_kernel(
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
-        b_dhw = tl.dot(b_rb, b_dh.to(DOT), input_precision=PRECISION)
-        b_dhw = plus(b_dhw, tl.dot(tl.trans(b_A), b_do, input_precision=PRECISION))
-        b_dhw = plus(b_dhw, tl.dot(tl.trans(b_M), b_dhw.to(DOT), input_precision=PRECISION))
-        tl.store(dhw + (o_row[:, None] * V + o_v[None, :]), b_dhw.to(dhw.dtype.element_ty), mask=m_tv)
         i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
         b_en = tl.load(en + i_s * K + o_k, mask=m_k, other=0.0)
-        b_dh = b_dh * b_en[:, None]
-        b_dh = tl.dot(tl.trans(b_rq), b_do, b_dh, input_precision=PRECISION)
-        b_dh = tl.dot(tl.trans(b_ra), (b_dhw * -1.0).to(DOT), b_dh, input_precision=PRECISION)
+        tl.store(dhs + i_s * (K * V) + o_vk, b_dh.to(dhs.dtype.element_ty), mask=m_vk)
+        # [BV, BT]
+        b_dhw = tl.dot(b_dh.to(DOT), tl.trans(b_rb), input_precision=PRECISION)
+        b_dhw = plus(b_dhw, tl.dot(tl.trans(b_do), b_A, input_precision=PRECISION))
+        b_dhw = tl.dot(b_dhw.to(DOT), b_M, b_dhw, input_precision=PRECISION)
+        tl.store(dhw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_dhw.to(dhw.dtype.element_ty)), mask=m_tv)
+        b_dh *= b_en[None, :]
+        b_dh = tl.dot(tl.trans(b_do), b_rq, b_dh, input_precision=PRECISION)
+        b_dh = tl.dot((b_dhw * -1.0).to(DOT), b_ra, b_dh, input_precision=PRECISION)
 
     if dh0 is not None:
-        p_dh0 = dh0 + i_nh * (F * V) + (o_f[:, None] * V + o_v[None, :])
-        tl.store(p_dh0, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
+        tl.store(dh0 + i_nh * (K * V) + o_vk, b_dh.to(dh0.dtype.element_ty), mask=m_vk)
 
 
 # All gradients. A program owns a chunk and a head; it has the states hs at the chunk's start and their adjoints dhs at its end, what
@@ -803,8 +807,8 @@ def kda_bwd_kernel(
         b_dvalue = b_dhw.to(tl.float32)
         if dv is not None:
             b_dv_ = b_dvalue * (b_beta[:, None])
-            p_d = dv + (o_row[:, None] * V + o_v[None, :])
-            tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
+            p_dv = dv + (o_row[:, None] * V + o_v[None, :])
+            tl.store(p_dv, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
         if dbeta is not None:
             b_sum_beta += tl.sum(b_dvalue * (b_v), 1)
 
@@ -821,11 +825,11 @@ def kda_bwd_kernel(
     # [BT]
     b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
     # [BT, BK] and [BT]
-    b_unit0 = tl.where(m_tk, b_q, 0.0)
+    b_unit0 = b_q
     b_norm_unit0 = 1.0 / tl.sqrt(tl.sum(b_unit0 * b_unit0, 1) + 1e-06)
     b_unit0 *= b_norm_unit0[:, None]
     # [BT, BK] and [BT]
-    b_unit1 = tl.where(m_tk, b_k, 0.0)
+    b_unit1 = b_k
     b_norm_unit1 = 1.0 / tl.sqrt(tl.sum(b_unit1 * b_unit1, 1) + 1e-06)
     b_unit1 *= b_norm_unit1[:, None]
     b_key = b_unit1
@@ -914,16 +918,16 @@ def kda_bwd_kernel(
     b_dunit1 *= b_norm_unit1[:, None]
     if dq is not None:
         b_dq_ = b_dunit0
-        p_d = dq + (o_row[:, None] * K + o_k[None, :])
-        tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+        p_dk = dq + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
     if dk is not None:
         b_dk_ = b_dunit1
-        p_d = dk + (o_row[:, None] * K + o_k[None, :])
-        tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
+        p_dk = dk + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
     if dg is not None:
         b_dg_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
-        p_d = dg + (o_row[:, None] * K + o_k[None, :])
-        tl.store(p_d, b_dg_.to(dg.dtype.element_ty), mask=m_tk)
+        p_dk = dg + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_dg_.to(dg.dtype.element_ty), mask=m_tk)
     if dbeta is not None:
         b_sum_beta += b_derase
     if dbeta is not None:
@@ -1016,11 +1020,11 @@ def kda_step_kernel(
         # [BT]
         b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
         # [BT, BK] and [BT]
-        b_unit0 = tl.where(m_tk, b_q, 0.0)
+        b_unit0 = b_q
         b_norm_unit0 = 1.0 / tl.sqrt(tl.sum(b_unit0 * b_unit0, 1) + 1e-06)
         b_unit0 *= b_norm_unit0[:, None]
         # [BT, BK] and [BT]
-        b_unit1 = tl.where(m_tk, b_k, 0.0)
+        b_unit1 = b_k
         b_norm_unit1 = 1.0 / tl.sqrt(tl.sum(b_unit1 * b_unit1, 1) + 1e-06)
         b_unit1 *= b_norm_unit1[:, None]
         b_key = b_unit1
@@ -1089,18 +1093,26 @@ def state(rows, H, F, V, like, dtype=torch.float32, make=torch.empty):
     return make(rows, H, F, V, dtype=dtype, device=like.device)
 
 
-def intra(q, k, g, beta, cu_seqlens, scale, s, shape):
-    """What the serial kernels take, by the names of their arguments."""
+def intra(q, k, g, beta, cu_seqlens, scale, s, shape, kept=None):
+    """What the serial kernels take, by the names of their arguments, and what of it a backward can have from the forward.
+
+    kept: this, from the forward; rows of roles are made again.
+    """
     B, T, H, K, N = shape
     t = s.intra
     like = q
     NP, chunks = pieces(cu_seqlens, N, T, t.BT)
     common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
-    made = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", )}
+    is_first = kept is None
+    if is_first:
+        kept = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", )}
+        kept["en"] = torch.empty(chunks, H, K, dtype=torch.float32, device=like.device)
+        kept["far"] = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
+    made = {x: made for x, made in kept.items() if x != "far"}
     made |= {x: torch.empty(B, T, H, K, dtype=common, device=like.device) for x in ("rq", "ra", "rb", )}
-    made["en"] = torch.empty(chunks, H, K, dtype=torch.float32, device=like.device)
-    far = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
     by_key = dict(
+        far=kept["far"],
+        PAIRS=is_first,
         **made,
         cu_seqlens=cu_seqlens,
         scale=scale,
@@ -1138,9 +1150,10 @@ def intra(q, k, g, beta, cu_seqlens, scale, s, shape):
         num_stages=t.num_stages,
     )
     if s.DOT == tl.bfloat16:
-        kda_intra_kernel[(chunks * H,)](q, k, g, beta, far=far, TREE=False, **by_key)
-    kda_intra_kernel[(chunks * H,)](q, k, g, beta, far=far, TREE=True, **by_key)
-    return made, far
+        kda_intra_kernel[(chunks * H,)](q, k, g, beta, TREE=False, **by_key)
+    if is_first or s.DOT != tl.bfloat16:
+        kda_intra_kernel[(chunks * H,)](q, k, g, beta, TREE=True, **by_key)
+    return made, kept
 
 
 def run(v, beta, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC):
@@ -1199,16 +1212,17 @@ def fwd(q, k, v, g, beta, h0, cu_seqlens, scale, s, final=False, save=False):
     o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
     ht = state(N, H, F, V, like) if final else None
     hc = state(N * -(-T // s.LC) if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
-    made, _ = intra(q, k, g, beta, cu_seqlens, scale, s, (B, T, H, K, N))
+    made, kept = intra(q, k, g, beta, cu_seqlens, scale, s, (B, T, H, K, N))
     run(v, beta, made, o, None, h0, ht, hc, cu_seqlens, scale, s, s.fwd, (N, T, H, K, V, F), 0, s.LC)
-    return o, ht, hc
+    return o, ht, hc, *(kept.values() if save else ())
 
 
-def bwd(q, k, v, g, beta, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
+def bwd(q, k, v, g, beta, do, hc, kept, dht, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
     Gradients come as the kernels make them, for each input the summands and how many tokens a row of one sums:
     [B, T, H, C] for inputs with a time axis, [chunks, H, C] without one. do: [B, T, H, V]. dht: [N, H, F, V] fp32 or None.
+    kept: what the forward returned after hc.
     """
     B, T, H, K, V, F, N = sizes(q, k, v, g, beta, cu_seqlens)
     like = v
@@ -1231,13 +1245,15 @@ def bwd(q, k, v, g, beta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fals
     dg = gradient(g, "bthk", needs[3])
     dbeta = gradient(beta, "bth", needs[4])
     dh0 = state(N, H, F, V, like) if initial else None
-    made, far = intra(q, k, g, beta, cu_seqlens, scale, s, (B, T, H, K, N))
+    kept = dict(zip(("M", "A", "en", "far", ), kept, strict=True))
+    made, _ = intra(q, k, g, beta, cu_seqlens, scale, s, (B, T, H, K, N), kept)
     common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
     hw, dhw = (torch.empty(B, T, H, V, dtype=common, device=like.device) for _ in range(2))
     hs, dhs = (state(chunks, H, F, V, like, common) for _ in range(2))
     run(v, beta, made, None, hw, hc, None, hs, cu_seqlens, scale, s, s.fwd, shape, s.LC, s.fwd.BT)
     t = s.bwd
     kda_bwd_state_kernel[(N * H * triton.cdiv(V, t.BV),)](
+
         M=made["M"],
         A=made["A"],
         rq=made["rq"],
@@ -1274,7 +1290,7 @@ def bwd(q, k, v, g, beta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fals
     )
     t = s.bwd_intra
     by_key = dict(
-        far=far,
+        far=kept["far"],
         do=do,
         hw=hw,
         dhw=dhw,

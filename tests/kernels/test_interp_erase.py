@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bf16_interpreter
 import pytest
 import torch
 from cases import ALL, extreme, make
@@ -32,3 +33,19 @@ def test_keys_of_any_length(size):
     inputs = make(spec, 1, 40, 1, 8, 5)
     inputs = tuple(x * size if one.name == "a" else x for one, x in zip(spec.inputs, inputs, strict=True))
     compare(spec, 1, 40, 1, 8, 5, inputs=inputs, chunk=32)
+
+
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "comba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_that_take_nothing_away(name, dtype, monkeypatch):
+    """A beta of 0, whose gradient is that of any other, among ones up to 2; keys 40 times as long as others."""
+    bf16_interpreter.repair(monkeypatch)
+    spec = specs.get(name)
+    generator = torch.Generator().manual_seed(3)
+    inputs = list(make(spec, 1, 45, 2, 40, 20))
+    names = [one.name for one in spec.inputs]
+    beta, key = names.index("beta"), names.index("k")
+    inputs[beta] = 2 * torch.rand(inputs[beta].shape, generator=generator, dtype=inputs[beta].dtype)
+    inputs[beta][:, ::3] = 0.0
+    inputs[key] = torch.where(torch.arange(45)[:, None, None] % 4 == 1, 40 * inputs[key], inputs[key])
+    compare(spec, 1, 45, 2, 40, 20, inputs=tuple(inputs), chunk=32, dtype=dtype)
