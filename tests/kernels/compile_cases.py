@@ -97,4 +97,6 @@ def check(spec: Spec, target: str, shape: str, monkeypatch: Any) -> None:
     if target == "sm_90" and dtype == torch.bfloat16:
         for name, found in kernels.items():
             if name not in WITHOUT_PRODUCTS:
-                assert all("mma" in kernel.asm["ptx"] for kernel in found), f"{name} has no product on tensor cores"
+                # a backward of an erase launches this one for rows alone
+                each = any if name == "intra_kernel" else all
+                assert each("mma" in kernel.asm["ptx"] for kernel in found), f"{name} has no product on tensor cores"
