@@ -61,8 +61,8 @@ class Row:
 
     @property
     def share(self) -> float:
-        """The floor's share of the time."""
-        return self.floor / self.value
+        """The floor's share of the time; NaN where nothing was measured."""
+        return self.floor / self.value if self.value else math.nan
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -58,10 +59,15 @@ def graphed(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def peak(run: Callable[[], Any], device: str) -> int | None:
-    """The most bytes that a run holds beyond what is held before it, its results included; None on a CPU."""
+    """The most bytes that a run holds beyond what is held before it, its results included; None on a CPU.
+
+    Garbage in cycles, of the run before too, is collected first: freed in the middle of the run it would count as
+    memory that the run does without.
+    """
     if not device.startswith("cuda"):
         return None
     run()
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

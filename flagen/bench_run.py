@@ -176,7 +176,12 @@ class Runner:
             return
         results = nbytes(do) + sum(map(nbytes, case.inputs))
         inputs = sum(map(nbytes, case.inputs))
-        extra = max(0, found - results)
+        extra = found - results
+        if extra < 0:
+            raise FlagenError(
+                f"the peak of {found} bytes is less than the {results} bytes of the results; something that was held "
+                "before was freed meanwhile: run it again"
+            )
         note = f"{extra / inputs:.0%} of the inputs" + (f"; {like.note}" if like.note else "")
         expected = math.nan if predicted is None else predicted.extra / MB
         self._add(_replaced(like, unit="MB", note=note), "memory", extra / MB, math.nan, expected)

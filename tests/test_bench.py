@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import gc
 import math
 import sys
 import types
@@ -492,6 +493,50 @@ def test_floors_predictions_memory_and_graphs(pretended):
     assert found["memory"].value == pytest.approx(1 - 5 * tensor / (1 << 20))
     assert found["memory"].note == f"{((1 << 20) - 5 * tensor) / (4 * tensor):.0%} of the inputs"
     assert all(one.copy == 3e12 for one in rows)
+
+
+def test_garbage_that_is_freed_meanwhile_does_not_lower_a_peak(monkeypatch):
+    held = {"now": 0, "most": 0}
+
+    class Buffer:
+        def __init__(self, size):
+            self.size = size
+            held["now"] += size
+            held["most"] = max(held["most"], held["now"])
+
+        def __del__(self):
+            held["now"] -= self.size
+
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(most=held["now"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["most"])
+
+    def run():
+        gc.collect()  # as the collector does when it likes
+        kept = [Buffer(70)]
+        kept.append(kept)
+
+    gc.disable()
+    try:
+        assert bench_measure.peak(run, "cuda") == 70
+    finally:
+        gc.enable()
+
+
+def test_a_peak_below_the_results_is_no_figure(pretended, monkeypatch):
+    results = 5 * TINY.T * TINY.H * TINY.N * 4 * 16
+    for peak, value in ((results // 2, math.nan), (results, 0.0)):
+        monkeypatch.setattr(bench_measure, "peak", lambda run, device, peak=peak: peak)
+        made, rows = runner(("memory",))
+        shape = TINY._replace(K=16, V=16)
+        made.run([specs.get("gla")], {"a": shape})
+        (found,) = rows
+        assert (found.value == value) if value == 0 else math.isnan(found.value)
+        assert ("less than the" in found.note) == math.isnan(value)
+        assert math.isnan(found.share)
+        assert "nan" not in "".join(bench_report.table(rows))
 
 
 def test_a_device_that_fails_ends_the_run(pretended, monkeypatch):
