@@ -9,6 +9,7 @@ import triton.language as tl
 DECAY_FLOOR = tl.constexpr(-128.0)
 # natural log of the most that a decay inside a chunk may be divided by: its reciprocal is far from the largest number
 SPAN = tl.constexpr(60.0)
+RCP_LN2 = tl.constexpr(1.4426950408889634)
 TWO_PI = tl.constexpr(6.283185307179586)
 RCP_TWO_PI = tl.constexpr(0.15915494309189535)
 
@@ -303,15 +304,14 @@ def gateloop_prepare_kernel(
         b_gn = tl.sum(b_ld, 0)
         if DOT == tl.bfloat16:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_cq = sum_steps(m_below, b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
-            b_ck = b_cq + b_ld
-            b_cq = b_ck
-            b_ek = tl.exp(b_gn[None, :] - b_ck)
+            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+            b_ck = b_cq
+            b_ek = tl.exp2((b_gn[None, :] - b_ck) * RCP_LN2)
         else:
             b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
             b_ck = b_cq
             b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_eq = tl.exp(b_cq)
+        b_eq = tl.exp2(b_cq * RCP_LN2)
         # [BT, BK]
         b_turn = tl.where(m_tk, b_theta, 0.0)
         b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
@@ -340,7 +340,7 @@ def gateloop_prepare_kernel(
         tl.store(gn + i_ph * (2 * K) + K + o_k, b_tn, mask=m_k)
         if DOT == tl.bfloat16:
             b_c = tl.minimum(b_c, tl.min(b_cq, 1), propagate_nan=tl.PropagateNan.ALL)
-            b_zl = b_key * tl.exp(tl.minimum(-b_ck, SPAN))
+            b_zl = b_key * tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)
             b_A = tl.dot(b_qd, tl.trans((b_zl * b_cl).to(DOT)), b_A, input_precision=PRECISION)
             b_A = tl.dot(b_qdi, tl.trans((b_zl * -b_sl).to(DOT)), b_A, input_precision=PRECISION)
             b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
@@ -582,21 +582,7 @@ def gateloop_bwd_intra_kernel(
         o_t = i_t + o_i
         o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
-        # [BT, BT]
-        b_dA = tl.zeros([BT, BT], dtype=tl.float32)
-        for i_v in range(tl.cdiv(V, BV)):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = o_v < V
-            m_tv = m_t[:, None] & m_v[None, :]
-            # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0)
-            b_value = b_v
-            p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-            b_do = tl.load(p_do, mask=m_tv, other=0.0)
-            b_dA += tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        # [BT]
-        b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1) * scale
+        # early, to come while the values do; with a bonus there are too few registers
         # [BT, BK]
         p_x = q + o_t[:, None] * q_st + o_k[None, :]
         b_q = tl.load(p_x, mask=m_tk, other=0.0)
@@ -609,6 +595,22 @@ def gateloop_bwd_intra_kernel(
         # [BT, BK]
         p_x = theta + o_t[:, None] * theta_st + o_k[None, :]
         b_theta = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BT]
+        b_dA = tl.zeros([BT, BT], dtype=tl.float32)
+        for i_v in range(tl.cdiv(V, BV)):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = o_v < V
+            m_tv = m_t[:, None] & m_v[None, :]
+            # [BT, BV]
+            p_value = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_value, mask=m_tv, other=0.0)
+            b_value = b_v
+            p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+            b_do = tl.load(p_do, mask=m_tv, other=0.0)
+            b_dA += tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+        if TREE:
+            # [BT]
+            b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1) * scale
         b_key = b_k
         b_query = b_q
         # [BT, BK]
@@ -616,15 +618,14 @@ def gateloop_bwd_intra_kernel(
         b_gn = tl.sum(b_ld, 0)
         if DOT == tl.bfloat16:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_cq = sum_steps(m_below, b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
-            b_ck = b_cq + b_ld
-            b_cq = b_ck
-            b_ek = tl.exp(b_gn[None, :] - b_ck)
+            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+            b_ck = b_cq
+            b_ek = tl.exp2((b_gn[None, :] - b_ck) * RCP_LN2)
         else:
             b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
             b_ck = b_cq
             b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_eq = tl.exp(b_cq)
+        b_eq = tl.exp2(b_cq * RCP_LN2)
         # [BT, BK]
         b_turn = tl.where(m_tk, b_theta, 0.0)
         b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
@@ -634,23 +635,22 @@ def gateloop_bwd_intra_kernel(
         b_cl, b_sl = turn(b_aq + b_turn)
         b_cr = b_cl
         b_sr = b_sl
-        # [BT, BK]: the sums over pairs by products of query and key with the decays since the chunk's start
-        b_dpair = tl.where(m_below, b_dA, 0.0).to(DOT)
-        b_el = tl.exp(tl.minimum(-b_ck, SPAN))
-        b_zr = b_query * (b_eq * scale)
-        b_zri = (b_zr * b_sr).to(DOT)
-        b_zr = (b_zr * b_cr).to(DOT)
-        b_zl = b_key * b_el
-        b_zli = (b_zl * b_sl).to(DOT)
-        b_zl = (b_zl * b_cl).to(DOT)
-        b_dqc = tl.dot(b_dpair, b_zl, input_precision=PRECISION)
-        b_dqs = tl.dot(b_dpair, b_zli, input_precision=PRECISION)
-        # both sides of a pair give the same rounded products, so that pairs on one side of a token cancel
-        b_x = b_dqc * b_zr.to(tl.float32) + b_dqs * b_zri.to(tl.float32)
-        b_y = b_dqs * b_zr.to(tl.float32) - b_dqc * b_zri.to(tl.float32)
-        b_dquery = (b_dqc * b_cr + b_dqs * b_sr) * b_eq
+        o_d = o_row[:, None] * (2 * K) + o_k[None, :]
+        b_dqdr = tl.zeros([BT, BK], dtype=tl.float32)
+        b_dkdr = tl.zeros([BT, BK], dtype=tl.float32)
+        b_dqdi = tl.zeros([BT, BK], dtype=tl.float32)
+        b_dkdi = tl.zeros([BT, BK], dtype=tl.float32)
+        if dqd is not None:
+            b_dqdr = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32)
+            b_dqdi = tl.load(dqd + K + o_d, mask=m_tk, other=0.0).to(tl.float32)
+        b_es = b_eq * scale
         if TREE:
             m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
+            b_dpair = tl.where(m_below, b_dA, 0.0).to(DOT)
+            b_zl = b_key * tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)
+            b_dqc = tl.dot(b_dpair, (b_zl * b_cl).to(DOT), input_precision=PRECISION)
+            b_dqs = tl.dot(b_dpair, (b_zl * b_sl).to(DOT), input_precision=PRECISION)
+            b_dquery = (b_dqc * b_cr + b_dqs * b_sr) * b_eq
             b_qc = b_query * b_cr * scale
             b_qs = b_query * b_sr * scale
             b_dqc, b_dqs, b_dkc, b_dks, b_x, b_xl, b_y, b_yl = tree_apply_complex(
@@ -658,38 +658,51 @@ def gateloop_bwd_intra_kernel(
             )
             b_dquery = tl.where(m_far[:, None], b_dqc * b_cr + b_dqs * b_sr, b_dquery)
             b_dkey = b_dkc * b_cl + b_dks * b_sl
-            b_x += b_xl
-            b_y -= b_yl
-        o_d = o_row[:, None] * (2 * K) + o_k[None, :]
-        if dqd is not None:
-            b_dqdr = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_eq
-            b_dqdi = tl.load(dqd + K + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_eq
-            b_dqd = b_dqdr * b_cr - b_dqdi * b_sr
-            b_y -= (b_dqdr * b_sr + b_dqdi * b_cr) * b_query * scale
-            b_dquery += b_dqd
-            b_x += b_dqd * b_query * scale
-        b_dquery = b_dquery * scale + b_ds[:, None] * b_key
+            b_dqd = (b_dqdr * b_cr - b_dqdi * b_sr) * b_eq
+            b_x += b_xl + b_dqd * b_query * scale
+            b_y -= b_yl + (b_dqdr * b_sr + b_dqdi * b_cr) * b_eq * b_query * scale
+            b_dquery = (b_dquery + b_dqd) * scale + b_ds[:, None] * b_key
+        else:
+            # [BT, BK]: the sums over pairs by products of query and key with the decays since the chunk's start
+            # with a token's own pair
+            b_dpair = tl.where(o_i[None, :] <= o_i[:, None], b_dA, 0.0).to(DOT)
+            b_el = tl.exp2(-b_ck * RCP_LN2)
+            b_en = tl.exp2(b_gn * RCP_LN2)[None, :]
+            b_zr = b_query * b_es
+            b_zri = (b_zr * b_sr).to(DOT)
+            b_zr = (b_zr * b_cr).to(DOT)
+            b_zl = b_key * b_el
+            b_zli = (b_zl * b_sl).to(DOT)
+            b_zl = (b_zl * b_cl).to(DOT)
+            b_dqc = b_dqdr + tl.dot(b_dpair, b_zl, input_precision=PRECISION)
+            b_dqs = tl.dot(b_dpair, b_zli, input_precision=PRECISION) - b_dqdi
+            b_x = b_dqc * b_zr.to(tl.float32) + b_dqs * b_zri.to(tl.float32)
+            b_y = b_dqs * b_zr.to(tl.float32) - b_dqc * b_zri.to(tl.float32)
+            b_dquery = (b_dqc * b_cr + b_dqs * b_sr) * b_es
         if dq is not None:
             b_dq_ = b_dquery
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
-        if not TREE:
-            b_dkc = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
-            b_dks = tl.dot(tl.trans(b_dpair), b_zri, input_precision=PRECISION)
-            b_xl = b_dkc * b_zl.to(tl.float32) + b_dks * b_zli.to(tl.float32)
-            b_yl = b_dks * b_zl.to(tl.float32) - b_dkc * b_zli.to(tl.float32)
-            b_dkey = (b_dkc * b_cl + b_dks * b_sl) * b_el
         if dkd is not None:
+            b_dkdr = tl.load(dkd + o_d, mask=m_tk, other=0.0).to(tl.float32)
+            b_dkdi = tl.load(dkd + K + o_d, mask=m_tk, other=0.0).to(tl.float32)
+        if TREE:
             b_cn, b_sn = turn(b_tn)
             b_ce = b_cl * b_cn[None, :] + b_sl * b_sn[None, :]
             b_se = b_cl * b_sn[None, :] - b_sl * b_cn[None, :]
-            b_dkdr = tl.load(dkd + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_ek
-            b_dkdi = tl.load(dkd + K + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_ek
-            b_dkd = b_dkdr * b_ce + b_dkdi * b_se
-            b_yl += (b_dkdr * b_se - b_dkdi * b_ce) * b_key
-            b_dkey += b_dkd
+            b_dkd = (b_dkdr * b_ce + b_dkdi * b_se) * b_ek
+            b_dkey += b_dkd + b_ds[:, None] * b_query
             b_xl += b_dkd * b_key
-        b_dkey += b_ds[:, None] * b_query
+            b_yl += (b_dkdr * b_se - b_dkdi * b_ce) * b_ek * b_key
+        else:
+            b_cn, b_sn = turn(b_tn)
+            b_cn = b_cn[None, :]
+            b_sn = b_sn[None, :]
+            b_dkc = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION) + (b_dkdr * b_cn + b_dkdi * b_sn) * b_en
+            b_dks = tl.dot(tl.trans(b_dpair), b_zri, input_precision=PRECISION) + (b_dkdr * b_sn - b_dkdi * b_cn) * b_en
+            b_xl = b_dkc * b_zl.to(tl.float32) + b_dks * b_zli.to(tl.float32)
+            b_yl = b_dks * b_zl.to(tl.float32) - b_dkc * b_zli.to(tl.float32)
+            b_dkey = (b_dkc * b_cl + b_dks * b_sl) * b_el
         if dk is not None:
             b_dk_ = b_dkey
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
@@ -702,6 +715,12 @@ def gateloop_bwd_intra_kernel(
             # a step that forgets everything has no angle
             b_dphase = tl.where(b_ld > DECAY_FLOOR, b_dphase, 0.0)
             b_ally -= tl.sum(b_y + b_yl, 0)
+        # once more: registers are scarce until here
+        # [BT, BK]
+        p_x = g + o_t[:, None] * g_st + o_k[None, :]
+        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BK]
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         if dg is not None:
             b_dg_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
             p_d = dg + (o_row[:, None] * K + o_k[None, :])
@@ -799,9 +818,9 @@ def gateloop_fwd_kernel(
         if hc is not None:
             if (i_t % LC == 0) | (i_t <= i_start):
                 i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
+                p_hc = hc + i_s * (F * V * 2) + (o_f[:, None] * V + o_v[None, :])
                 tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
-                tl.store(p_hc + 1, b_hi.to(hc.dtype.element_ty), mask=m_fv)
+                tl.store(p_hc + F * V, b_hi.to(hc.dtype.element_ty), mask=m_fv)
 
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
@@ -979,9 +998,9 @@ def gateloop_dq_kernel(
     i_t = i_start.to(tl.int64)
     i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
     # [BK, BV]
-    p_hc = hc + i_s * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
+    p_hc = hc + i_s * (F * V * 2) + (o_f[:, None] * V + o_v[None, :])
     b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
-    b_hi = tl.load(p_hc + 1, mask=m_fv, other=0.0).to(tl.float32)
+    b_hi = tl.load(p_hc + F * V, mask=m_fv, other=0.0).to(tl.float32)
 
 
     for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
@@ -1154,9 +1173,9 @@ def gateloop_dk_kernel(
         if hdh is not None:
             if (i_t % LC == 0) | (i_t <= i_start):
                 i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                p_hc = hc + i_s * (F * V * 2) + (o_f[:, None] * (V * 2) + o_v[None, :] * 2)
+                p_hc = hc + i_s * (F * V * 2) + (o_f[:, None] * V + o_v[None, :])
                 b_ch = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
-                b_chi = tl.load(p_hc + 1, mask=m_fv, other=0.0).to(tl.float32)
+                b_chi = tl.load(p_hc + F * V, mask=m_fv, other=0.0).to(tl.float32)
                 # [BK]
                 b_all = tl.sum(b_ch * b_dh + b_chi * b_dhi, 1)
                 b_ally = tl.sum(b_ch * b_dhi - b_chi * b_dh, 1)
@@ -1519,7 +1538,7 @@ def prepare(q, k, g, theta, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=N
         G_theta=H // theta.shape[2],
         K=K,
         BT=BT,
-        BK=t.BV,
+        BK=t.BV * t.BT // BT,
         LEVELS=BT.bit_length() - 1,
         PARTS=s.PARTS,
         DOT=s.DOT,
@@ -1535,7 +1554,8 @@ def prepare(q, k, g, theta, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=N
         num_stages=t.num_stages,
         **common,
     )
-    gateloop_pairs_kernel[(rows * H,)](q, k, g, theta, num_warps=4, num_stages=1, **common)
+    # four warps take products of 64 rows as one group, which narrow blocks are wrong with
+    gateloop_pairs_kernel[(rows * H,)](q, k, g, theta, num_warps=2 if BT == 64 and t.BV < 64 else 4, num_stages=1, **common)
     return qd, kd, gn, A, far
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 DECAY_FLOOR = tl.constexpr(-128.0)
 # natural log of the most that a decay inside a chunk may be divided by: its reciprocal is far from the largest number
 SPAN = tl.constexpr(60.0)
+RCP_LN2 = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -194,7 +195,6 @@ def hgrn2_prepare_kernel(
     q += (i_h // G_q) * q_sh
     g += i_b * g_sb
     g += (i_h // G_g) * g_sh
-    m_below = o_i[None, :] < o_i[:, None]
     # [BT, BT]
     b_A = tl.zeros([BT, BT], dtype=tl.float32)
     # [BT]
@@ -218,15 +218,14 @@ def hgrn2_prepare_kernel(
         b_gn = tl.sum(b_ld, 0)
         if DOT == tl.bfloat16:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_cq = sum_steps(m_below, b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
-            b_ck = b_cq + b_ld
-            b_cq = b_ck
-            b_ek = tl.exp(b_gn[None, :] - b_ck)
+            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+            b_ck = b_cq
+            b_ek = tl.exp2((b_gn[None, :] - b_ck) * RCP_LN2)
         else:
             b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
             b_ck = b_cq
             b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_eq = tl.exp(b_cq)
+        b_eq = tl.exp2(b_cq * RCP_LN2)
         b_qd = (b_query * (b_eq * scale)).to(DOT)
         p_d = o_row[:, None] * K + o_k[None, :]
         tl.store(qd + p_d, b_qd.to(qd.dtype.element_ty), mask=m_tk)
@@ -234,7 +233,7 @@ def hgrn2_prepare_kernel(
         tl.store(gn + i_ph * K + o_k, b_gn, mask=m_k)
         if DOT == tl.bfloat16:
             b_c = tl.minimum(b_c, tl.min(b_cq, 1), propagate_nan=tl.PropagateNan.ALL)
-            b_zl = (b_key * tl.exp(tl.minimum(-b_ck, SPAN))).to(DOT)
+            b_zl = (b_key * tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)).to(DOT)
             b_A = tl.dot(b_qd, tl.trans(b_zl), b_A, input_precision=PRECISION)
             b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
     if DOT == tl.bfloat16:
@@ -424,6 +423,13 @@ def hgrn2_bwd_intra_kernel(
         o_t = i_t + o_i
         o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
+        # early, to come while the values do; with a bonus there are too few registers
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = g + o_t[:, None] * g_st + o_k[None, :]
+        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=tl.float32)
         for i_v in range(tl.cdiv(V, BV)):
@@ -431,20 +437,15 @@ def hgrn2_bwd_intra_kernel(
             m_v = o_v < V
             m_tv = m_t[:, None] & m_v[None, :]
             # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0)
+            p_value = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_value, mask=m_tv, other=0.0)
             b_value = b_v
             p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
             b_do = tl.load(p_do, mask=m_tv, other=0.0)
             b_dA += tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        # [BT]
-        b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1) * scale
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = g + o_t[:, None] * g_st + o_k[None, :]
-        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        if TREE:
+            # [BT]
+            b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1) * scale
         # [BT, BK]
         b_key = tl.where(m_tk, 1.0 - tl.exp(b_g), 0.0)
         b_query = b_q
@@ -453,55 +454,70 @@ def hgrn2_bwd_intra_kernel(
         b_gn = tl.sum(b_ld, 0)
         if DOT == tl.bfloat16:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_cq = sum_steps(m_below, b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
-            b_ck = b_cq + b_ld
-            b_cq = b_ck
-            b_ek = tl.exp(b_gn[None, :] - b_ck)
+            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+            b_ck = b_cq
+            b_ek = tl.exp2((b_gn[None, :] - b_ck) * RCP_LN2)
         else:
             b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
             b_ck = b_cq
             b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_eq = tl.exp(b_cq)
-        # [BT, BK]: the sums over pairs by products of query and key with the decays since the chunk's start
-        b_dpair = tl.where(m_below, b_dA, 0.0).to(DOT)
-        b_el = tl.exp(tl.minimum(-b_ck, SPAN))
-        b_zr = (b_query * (b_eq * scale)).to(DOT)
-        b_zl = (b_key * b_el).to(DOT)
-        b_dquery = tl.dot(b_dpair, b_zl, input_precision=PRECISION)
-        # both sides of a pair give the same rounded product, so that pairs on one side of a token cancel
-        b_x = b_dquery * b_zr.to(tl.float32)
-        b_dquery *= b_eq
+        b_eq = tl.exp2(b_cq * RCP_LN2)
+        o_d = o_row[:, None] * K + o_k[None, :]
+        b_dqd = tl.zeros([BT, BK], dtype=tl.float32)
+        b_dkd = tl.zeros([BT, BK], dtype=tl.float32)
+        if dqd is not None:
+            b_dqd = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32)
+        b_es = b_eq * scale
         if TREE:
             m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
+            b_dpair = tl.where(m_below, b_dA, 0.0).to(DOT)
+            b_zl = (b_key * tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)).to(DOT)
+            b_dquery = tl.dot(b_dpair, b_zl, input_precision=PRECISION) * b_es
             b_far, b_dkey, b_x, b_xl = tree_apply(
                 b_dA, b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
             )
-            b_dquery = tl.where(m_far[:, None], b_far, b_dquery)
-            b_x += b_xl
-        o_d = o_row[:, None] * K + o_k[None, :]
-        if dqd is not None:
-            b_dqd = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_eq
-            b_dquery += b_dqd
-            b_x += b_dqd * b_query * scale
-        b_dquery = b_dquery * scale + b_ds[:, None] * b_key
+            b_x += b_xl + b_dqd * (b_query * b_es).to(DOT).to(tl.float32)
+            b_dquery = tl.where(m_far[:, None], b_far * scale, b_dquery) + b_dqd * b_es
+            b_dquery += b_ds[:, None] * b_key
+        else:
+            # [BT, BK]: the sums over pairs by products of query and key with the decays since the chunk's start
+            # with a token's own pair
+            b_dpair = tl.where(o_i[None, :] <= o_i[:, None], b_dA, 0.0).to(DOT)
+            b_el = tl.exp2(-b_ck * RCP_LN2)
+            b_en = tl.exp2(b_gn * RCP_LN2)[None, :]
+            b_zr = (b_query * b_es).to(DOT)
+            b_zl = (b_key * b_el).to(DOT)
+            # what meets the rounded zr, by pairs and by the state at the chunk's start; both sides of a pair give the same product, so that pairs
+            # on one side of a token cancel
+            b_dquery = b_dqd + tl.dot(b_dpair, b_zl, input_precision=PRECISION)
+            b_x = b_dquery * b_zr.to(tl.float32)
+            b_dquery *= b_es
         if dq is not None:
             b_dq_ = b_dquery
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
-        if not TREE:
-            b_dkey = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
-            b_xl = b_dkey * b_zl.to(tl.float32)
-            b_dkey *= b_el
         if dkd is not None:
-            b_dkd = tl.load(dkd + o_d, mask=m_tk, other=0.0).to(tl.float32) * b_ek
-            b_dkey += b_dkd
+            b_dkd = tl.load(dkd + o_d, mask=m_tk, other=0.0).to(tl.float32)
+        if TREE:
+            b_dkd *= b_ek
+            b_dkey += b_dkd + b_ds[:, None] * b_query
             b_xl += b_dkd * b_key
-        b_dkey += b_ds[:, None] * b_query
+        else:
+            b_dkey = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
+            b_dkd *= b_en
+            b_xl = b_dkey * b_zl.to(tl.float32) + b_dkd * (b_key * b_el)
+            b_dkey = (b_dkey + b_dkd) * b_el
 
         if hdh is not None:
             # less what the rows read, and with what they wrote
             b_dlog_decay = b_all[None, :] - sum_steps(m_below, b_x - b_xl, 2, DOT, SUM_PRECISION)
             b_all -= tl.sum(b_x - b_xl, 0)
+        # once more: registers are scarce until here
+        # [BT, BK]
+        p_x = g + o_t[:, None] * g_st + o_k[None, :]
+        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        # [BT, BK]
+        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         if dg is not None:
             b_dg_ = b_dkey * (-tl.exp(b_g))
             b_dg_ += tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
@@ -1185,7 +1201,7 @@ def prepare(q, g, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=None, A=Non
         G_g=H // g.shape[2],
         K=K,
         BT=BT,
-        BK=t.BV,
+        BK=t.BV * t.BT // BT,
         LEVELS=BT.bit_length() - 1,
         PARTS=s.PARTS,
         DOT=s.DOT,
@@ -1201,7 +1217,8 @@ def prepare(q, g, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=None, A=Non
         num_stages=t.num_stages,
         **common,
     )
-    hgrn2_pairs_kernel[(rows * H,)](q, g, num_warps=4, num_stages=1, **common)
+    # four warps take products of 64 rows as one group, which narrow blocks are wrong with
+    hgrn2_pairs_kernel[(rows * H,)](q, g, num_warps=2 if BT == 64 and t.BV < 64 else 4, num_stages=1, **common)
     return qd, kd, gn, A, far
 
 

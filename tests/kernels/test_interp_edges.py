@@ -57,6 +57,20 @@ def test_products_and_the_tree_in_bf16(others, monkeypatch):
     assert not gradients[where][inputs[where] == -math.inf].any()
 
 
+@pytest.mark.parametrize("phase", [None, th], ids=["real", "complex"])
+def test_a_reset_that_no_row_of_its_chunk_reads(phase, monkeypatch):
+    """The last tokens of chunks and of the sequence forget: with a bonus, products of rows do for such chunks."""
+    bf16_interpreter.repair(monkeypatch)
+    spec = Spec("extreme", log_decay=gk, bonus=u, phase=phase)
+    inputs = list(make(spec, 1, 70, 1, 16, 12))
+    where = spec.inputs.index(gk)
+    inputs[where] = inputs[where].abs() * -0.3
+    inputs[where][:, [31, 63, 69]] = torch.tensor([-100.0, -math.inf], dtype=inputs[where].dtype).repeat(8)
+    how = {"dtype": torch.bfloat16, "gates": torch.float32, "chunk": 32, "checkpoint": 64}
+    out, gradients = compare(spec, 1, 70, 1, 16, 12, inputs=tuple(inputs), **how)
+    assert all(x.isfinite().all() for x in (out.o, *gradients))
+
+
 @pytest.mark.parametrize("value", [0.0, -100.0, -math.inf])
 @pytest.mark.parametrize("gate", GATES)
 def test_all_decays_alike(gate, value):
