@@ -177,6 +177,10 @@ def schedule(
     if plan.turned:
         # four warps hold the rows of a chunk of 32 twice
         intra = Tile(BT, 32, 2, 1)
+        square = BF == block(shape.V, triton) == 128
+        if low and not chunk_size and square and not plan.normalized and device.shared >= STAGED:
+            # the forward's own chunks: what a backward does inside chunks of 64 has too few registers
+            fwd, intra = tile(64, half, BF * half * parts, 2), Tile(64, 16, 2, 1)
     if plan.erase:
         fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == BV == block(shape.V, triton) == 128)
         # with a decay per key channel the key channels come in blocks of 64
@@ -192,7 +196,11 @@ def schedule(
     dq_L = piece(shape, -(-programs * -(-shape.K // rows.BV) // 8), device, LC)
     beside = False
     # with smaller states the pipeline of three stages gave wrong normalisers with Triton 3.6 on Hopper, and they moved
-    if plan.swept and low and BT == 64 and BF == whole == 128 and device.shared >= STAGED:
+    three = low and BT == 64 and BF == whole == 128 and device.shared >= STAGED
+    if three and plan.intra and not plan.turned and not plan.normalized and 2 * programs > device.multiprocessors:
+        # dv takes no less than with halves
+        fwd, rows = serial_tile(BT, BF, BV), serial_tile(BT, whole, BK)
+    if three and plan.swept:
         parts, fwd_L = cut(shape, BT, LC, BF, BV, device, 1)
         fwd = serial_tile(BT, BF, BV // parts)
         parts, bwd_L = cut(shape, BT, LC, BF, BV, device, 2)

@@ -64,6 +64,12 @@ def test_sums_of_keys_by_products(spec, packed, monkeypatch):
     _check(spec, torch.bfloat16, **spans, H=1, K=128, V=128, chunk_size=None, seed=1, gate_dtype=torch.float32)
 
 
+def test_bf16_where_forward_and_backward_have_their_own_chunks(monkeypatch):
+    """Complex states of 128 x 128: what is prepared comes in blocks of as many elements for chunks of 64 and of 32."""
+    bf16_interpreter.repair(monkeypatch)
+    _check(flagen.specs.get("gateloop"), torch.bfloat16, T=70, H=1, K=128, V=128, chunk_size=None)
+
+
 def test_a_decays_gradient_that_is_summed_over_tokens(monkeypatch):
     """Over several checkpoints, whose sums by token err in one direction each, twice as far if kernels round apart what
     they add and take away: measured over many heads and draws, since the sum of one head may cancel.
