@@ -417,23 +417,23 @@ def based_bwd_state_kernel(
         b_n = tl.load(den + o_row, mask=m_t, other=1.0)
         b_inv = tl.where(m_t, 1.0 / (b_n + 1e-06), 0.0)
         b_dn = tl.load(dden + o_row, mask=m_t, other=0.0)
+        b_do = (b_do.to(tl.float32) * b_inv[:, None]).to(DOT)
         m_one = m_t[:, None] & (o_k == K)[None, :]
         b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale)
         b_dz = tl.dot(tl.trans((b_q1 * (0.5 * b_dn)[:, None]).to(DOT)), b_q1.to(DOT), b_dz, input_precision=PRECISION)
-        b_qr = (b_q1 * b_inv[:, None]).to(DOT)
         b_q1 = b_q1.to(DOT)
         b_dot = tl.trans(b_do.to(DOT))
         if not HELD:
             b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_qr, b_half0, input_precision=PRECISION) * tl.dot(b_q1, b_with0, input_precision=PRECISION)
+        b_f = tl.dot(b_q1, b_half0, input_precision=PRECISION) * tl.dot(b_q1, b_with0, input_precision=PRECISION)
         b_dh0 = tl.dot(b_dot, b_f.to(DOT), b_dh0, input_precision=PRECISION)
         if not HELD:
             b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_qr, b_half1, input_precision=PRECISION) * tl.dot(b_q1, b_with1, input_precision=PRECISION)
+        b_f = tl.dot(b_q1, b_half1, input_precision=PRECISION) * tl.dot(b_q1, b_with1, input_precision=PRECISION)
         b_dh1 = tl.dot(b_dot, b_f.to(DOT), b_dh1, input_precision=PRECISION)
         if not HELD:
             b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_qr, b_half2, input_precision=PRECISION) * tl.dot(b_q1, b_with2, input_precision=PRECISION)
+        b_f = tl.dot(b_q1, b_half2, input_precision=PRECISION) * tl.dot(b_q1, b_with2, input_precision=PRECISION)
         b_dh2 = tl.dot(b_dot, b_f.to(DOT), b_dh2, input_precision=PRECISION)
 
     store_tile(dh + i_ph * (F * V), b_dh0, 0 * BF, o_v, V, F, BF)
@@ -788,6 +788,7 @@ def based_dkv_kernel(
         b_n = tl.load(den + o_row, mask=m_t, other=1.0)
         b_inv = tl.where(m_t, 1.0 / (b_n + 1e-06), 0.0)
         b_dn = tl.load(dden + o_row, mask=m_t, other=0.0)
+        b_do = (b_do.to(tl.float32) * b_inv[:, None]).to(DOT)
         # [BT, BT], keys as rows
         m_one = m_t[:, None] & (o_k == K)[None, :]
         b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale)
@@ -795,12 +796,12 @@ def based_dkv_kernel(
         b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
         b_s = tl.dot(b_k1, tl.trans(b_q1.to(DOT)), input_precision=PRECISION)
         m_pair = o_i[:, None] <= o_i[None, :]
-        b_A = tl.where(m_pair, (0.5 * b_s * b_s + 0.5) * b_inv[None, :], 0.0)
+        b_A = tl.where(m_pair, 0.5 * b_s * b_s + 0.5, 0.0)
         # [BT, BV]
         b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), input_precision=PRECISION)
         b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
         # of n, of which every block knows, one block sees to the gradient
-        b_dA = b_dA * b_inv[None, :] + tl.where(i_v == 0, b_dn, 0.0)[None, :]
+        b_dA += tl.where(i_v == 0, b_dn, 0.0)[None, :]
         b_dA = tl.where(m_pair, b_dA * b_s, 0.0).to(DOT)
         # [BT, BK]
         b_dkey = tl.dot(b_dA, b_q1.to(DOT), input_precision=PRECISION)
@@ -842,20 +843,19 @@ def based_dkv_kernel(
             p_d = dv + (o_row[:, None] * V + o_v[None, :])
             tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
         b_dz = tl.dot(tl.trans((b_q1 * (0.5 * b_dn)[:, None]).to(DOT)), b_q1.to(DOT), b_dz, input_precision=PRECISION)
-        b_qr = (b_q1 * b_inv[:, None]).to(DOT)
         b_q1 = b_q1.to(DOT)
         b_dot = tl.trans(b_do.to(DOT))
         if not HELD:
             b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_qr, b_half0, input_precision=PRECISION) * tl.dot(b_q1, b_with0, input_precision=PRECISION)
+        b_f = tl.dot(b_q1, b_half0, input_precision=PRECISION) * tl.dot(b_q1, b_with0, input_precision=PRECISION)
         b_dh0 = tl.dot(b_dot, b_f.to(DOT), b_dh0, input_precision=PRECISION)
         if not HELD:
             b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_qr, b_half1, input_precision=PRECISION) * tl.dot(b_q1, b_with1, input_precision=PRECISION)
+        b_f = tl.dot(b_q1, b_half1, input_precision=PRECISION) * tl.dot(b_q1, b_with1, input_precision=PRECISION)
         b_dh1 = tl.dot(b_dot, b_f.to(DOT), b_dh1, input_precision=PRECISION)
         if not HELD:
             b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_qr, b_half2, input_precision=PRECISION) * tl.dot(b_q1, b_with2, input_precision=PRECISION)
+        b_f = tl.dot(b_q1, b_half2, input_precision=PRECISION) * tl.dot(b_q1, b_with2, input_precision=PRECISION)
         b_dh2 = tl.dot(b_dot, b_f.to(DOT), b_dh2, input_precision=PRECISION)
 
 
