@@ -14,10 +14,10 @@ from . import plan_rows
 from .analysis import Analysis
 from .errors import PlanError
 from .expr import Expr, Input, Number
-from .functions import triton_text
 from .plan_erase import ErasePlan
 from .plan_kernels import described, kernels_of
 from .plan_parts import Gradient, Held, Kernel, Role, TensorArg, Term, block_name, block_text, held, leaves, row_text
+from .plan_vector import decay_text, kept, shared, shared_by, text_of
 
 if TYPE_CHECKING:
     from .spec import Spec
@@ -213,6 +213,9 @@ class Plan(ErasePlan):
     summed, telescopes = property(plan_rows.summed), property(plan_rows.telescopes)
     sum_column = property(plan_rows.sum_column)
     early_factor, decay_tensors = property(plan_rows.early_factor), property(plan_rows.decay_tensors)
+    decay_text, shared, shared_by = property(decay_text), cached_property(shared), shared_by
+    kept = cached_property(kept)
+    kept_forward = cached_property(lambda self: kept(self, "query", "update", "decay"))
 
     @cached_property
     def value_block(self) -> Role:
@@ -254,8 +257,8 @@ class Plan(ErasePlan):
             if isinstance(expr, Input) and "t" in expr.axes and (not channel or channel in expr.axes)
             else ""
         )
-        text = triton_text(expr, {leaf: block_text(leaf, time, channel) for leaf in leaves(expr)})
-        return Role(name, text, identity, expr.axes, tuple(one.name for one in expr.inputs))
+        names: dict[Expr, str] = {leaf: block_text(leaf, time, channel) for leaf in leaves(expr)}
+        return Role(name, text_of(self, expr, names), identity, expr.axes, tuple(one.name for one in expr.inputs))
 
     def _role_block(self, role: str) -> tuple[str, bool]:
         """The channel axis and whether there is a time axis of the block in which a role is evaluated."""
@@ -283,10 +286,10 @@ class Plan(ErasePlan):
         text = f"b_d{role}"
         if diff != Number(1):
             names: dict[Expr, str] = {leaf: block_text(leaf, True, channel) for leaf in leaves(diff)}
-            text = f"{text} * ({triton_text(diff, names)})"
-        if role == "log_decay":
+            text = f"{text} * ({text_of(self, diff, names)})"
+        if role == "log_decay" and not (self.vector and diff == Number(1)):
             # where the decay is zero so is its gradient, whatever the gate's derivative is there
-            text = f"tl.where(b_ld > DECAY_FLOOR, {text}, 0.0)"
+            text = f"tl.where({'b_en > 0.0' if self.vector else 'b_ld > DECAY_FLOOR'}, {text}, 0.0)"
         return Term(role, text, bool(channel) and tensor is not None and not tensor.channel)
 
     def gradients_after(self, stage: str) -> tuple[Gradient, ...]:
@@ -307,11 +310,6 @@ class Plan(ErasePlan):
             if terms:
                 found.append(Gradient(x.tensor, terms))
         return tuple(found)
-
-    @property
-    def text_size(self) -> int:
-        """Characters of the gradients' texts: what is written out again for each token of a vector state's row."""
-        return sum(len(term.text) for one in self.gradients for term in one.terms)
 
     @cached_property
     def fixed_gradients(self) -> tuple[Gradient, ...]:

@@ -169,7 +169,7 @@ OWN_BLOCKS = frozenset(
 
 def block_name(name: str) -> str:
     """The name of an input's block. Names of inputs do not end with _."""
-    taken = name in OWN_BLOCKS or name.startswith(("sum_", "norm_unit", "dunit"))
+    taken = name in OWN_BLOCKS or name.startswith(("sum_", "norm_unit", "dunit", "shared"))
     return f"b_{name}_" if taken else f"b_{name}"
 
 

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .schedule import Device, Shape
 
-# tokens of a row, by how much of one must be in registers, and how much text is written out for each of them
-ROWS = (16, 8, 4)
-FEW = 3  # tensors with channels and tokens, the output's gradient included, of which long rows fit
-BRIEF, LONG = 120, 600  # Plan.text_size
+# tokens of a row: as many as registers let three programs of four warps have a multiprocessor; and where there is next
+# to nothing to do for a token
+ROWS = (12, 8, 6, 4)
+PLAIN = 16
+REGISTERS, OTHERS = 168, 45  # of a thread, and those that are not by tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class VectorTile:
 @dataclass(frozen=True, slots=True)
 class VectorSchedule:
     """Launch-time constants. L: tokens per piece of a sequence, a multiple of the segments of both ways, or 0 where it
-    is not cut; LC: tokens per checkpoint: those of a row of the backward, and a multiple
-    of those of a row of the forward."""
+    is not cut; LC: tokens per checkpoint: those of a row of the backward, and a multiple of those of a row of the
+    forward or the other way round."""
 
     fwd: VectorTile
     bwd: VectorTile
@@ -47,9 +48,18 @@ class VectorSchedule:
 def row_tokens(plan: Plan) -> int:
     """Tokens of a row of the backward, and so between the states that the training forward keeps."""
     read = 1 + sum("t" in one.axes and one.channel == "d" for one in plan.inputs)
-    if plan.text_size > LONG:
-        return ROWS[2]
-    return ROWS[1] if read > FEW or plan.complex or plan.text_size > BRIEF else ROWS[0]
+    if plan.kept <= 1 and read <= 3 and not plan.complex:
+        return PLAIN
+    # two channels of 16 bits to a register or one complex channel; what is read is there for two segments
+    held = 2 * (read + 1) + (1 if plan.complex else 2) * plan.kept
+    return next((tokens for tokens in ROWS if OTHERS + tokens * held <= REGISTERS), ROWS[-1])
+
+
+def forward_tokens(plan: Plan, LC: int) -> int:
+    """Tokens of a row of the forward: twice those of the backward if registers allow it."""
+    read = sum("t" in one.axes and one.channel == "d" for one in plan.inputs)
+    held = 2 * read + plan.kept_forward + (2 if plan.complex else 0)
+    return 2 * LC if OTHERS + 2 * LC * held <= REGISTERS else LC
 
 
 def vector_schedule(
@@ -60,10 +70,13 @@ def vector_schedule(
     import triton
 
     channels, LC = int(triton.next_power_of_2(shape.V)), checkpoint or row_tokens(plan)
-    S = LC if dtype.itemsize == 2 else max(1, LC // 2)
+    S = forward_tokens(plan, LC) if dtype.itemsize == 2 else max(1, LC // 2)
     BD = min(32, channels)
     programs = shape.N * -(-shape.V // BD)
     warps = 4 if programs >= 2 * device.multiprocessors else 8
+    if warps == 8 and LC < PLAIN and 3 * programs > device.multiprocessors:
+        # more programs instead of more warps, which would wait for one another; the rows are half as wide in memory
+        BD, programs, warps = min(16, channels), shape.N * -(-shape.V // 16), 4
     fwd, bwd = (vector_tile(plan, shape, tokens, BD, warps) for tokens in (S, LC))
     segment = max(fwd.BP * fwd.S, bwd.BP * bwd.S)
     return VectorSchedule(

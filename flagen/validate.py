@@ -50,7 +50,8 @@ _KERNEL_NAMES = """o den do h h0 ht hc hs hp dh dh0 dht dhp z z0 zt zc zs zp dz 
     adjoints shape block prepare far n_far pairs grid by_key by_query qd kd gn A dqd dkd values segments need_query
     need_key need_value peak rise peaks m m0 mt through last falls tops into rises passes compose read_rows dense dden
     summed factors load_tile store_tile place load_sums store_sums apart hw dhw dhs intra run unit_inverse erase_level
-    erase_scores erase_apply turn rq ra rb rk fs en made decays gsum packed columns fork join sides COLUMNS starts"""
+    erase_scores erase_apply turn turned sigmoid_of_minus rq ra rb rk fs en made decays gsum packed columns fork join
+    sides COLUMNS starts"""
 KERNEL_NAMES = frozenset(_KERNEL_NAMES.split())
 AXES_OF = dict.fromkeys(("query", "key", "phase", "bonus", "erase_a", "erase_b"), "bthk") | {"value": "bthv"}
 
@@ -156,15 +157,13 @@ def check_expr(where: str, expr: Expr) -> Expr:
 
 
 def _check_power(where: str, base: Expr, exponent: Expr) -> None:
+    whole = isinstance(exponent, Number) and float(exponent.value).is_integer()
     if isinstance(exponent, Number):
         limit = MAX_HOST_POWER if base.is_constant else MAX_POWER
         if abs(exponent.value) > limit:
             raise SpecError(
                 f"{where}: an exponent must lie within -{limit} to {limit} here, got {exponent.value:g}; rescale"
             )
-        whole = float(exponent.value).is_integer()
-    else:
-        whole = False
     if not whole and interval(base).is_negative:
         raise SpecError(
             f"{where}: {to_text(base)} is always negative and has no power {to_text(exponent)}; "

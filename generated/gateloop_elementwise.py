@@ -5,10 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-# natural log of a step's decay below which the decay is exactly 0 in fp32
-DECAY_FLOOR = tl.constexpr(-128.0)
-TWO_PI = tl.constexpr(6.283185307179586)
-RCP_TWO_PI = tl.constexpr(0.15915494309189535)
+RCP_LN2 = tl.constexpr(1.4426950408889634)
+RCP_PI = tl.constexpr(0.3183098861837907)
 
 
 @triton.jit
@@ -37,6 +35,42 @@ def locate(i_p, cu_seqlens, N, T, L, NP):
         start = tl.maximum(bos, (i_p - i_n) * L)
     end = tl.minimum(eos, start // L * L + L)
     return i_n, start, end, start == bos, (end == eos) & ((start < end) | (bos == eos))
+
+
+@triton.jit
+def exp(b_x):
+    """tl.exp but for results below 2^-126, which are zero: without instructions that see to those."""
+    return tl.exp2(b_x * RCP_LN2)
+
+
+@triton.jit
+def sigmoid(b_x):
+    """1 / (1 + exp(-b_x)) by a reciprocal root, which takes fewer instructions than a division that also serves tiny divisors."""
+    b_r = tl.rsqrt(1.0 + exp(-b_x))
+    return b_r * b_r
+
+
+@triton.jit
+def sigmoid_of_minus(b_x):
+    """1 / (1 + exp(b_x)) from what sigmoid(b_x) takes."""
+    b_e = exp(-b_x)
+    b_r = tl.rsqrt(1.0 + b_e)
+    return tl.where(b_e > 1e38, 1.0, b_e * (b_r * b_r))
+
+
+@triton.jit
+def turned(b_e, b_x):
+    """b_e (cos b_x + i sin b_x), real and imaginary part, by polynomials to 2e-7 of b_e: angles in half turns, of which the odd ones
+    change the sign."""
+    b_r = b_x * RCP_PI
+    b_n = tl.floor(b_r + 0.5)
+    b_r -= b_n
+    b_e = tl.where((b_n.to(tl.int32) & 1) == 1, -b_e, b_e)
+    b_w = b_r * b_r
+    b_c = 1.0 + b_w * (-4.934795379638672 + b_w * (4.058451175689697 + b_w * (-1.3320938348770142 + b_w * 0.2200806587934494)))
+    b_s = 2.5500314235687256 + b_w * (-0.5980451703071594 + b_w * 0.0772201269865036)
+    b_s = b_r * (3.141592502593994 + b_w * (-5.1677069664001465 + b_w * b_s))
+    return b_e * b_c, b_e * b_s
 
 
 @triton.jit
@@ -174,12 +208,11 @@ def gateloop_elementwise_fwd_kernel(
             m_s = o_c + s < n_t
             b_g = bs_g[s].to(tl.float32)
             b_theta = bs_theta[s].to(tl.float32)
-            b_ld = b_g
-            b_en = tl.exp(b_ld)
-            b_turn = tl.where(m_s[:, None], b_theta, 0.0)
-            b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
-            bs_er = bs_er + (b_en * tl.cos(b_turn),)
-            bs_ei = bs_ei + (b_en * tl.sin(b_turn),)
+            b_en = exp(b_g)
+            b_turn = b_theta
+            b_er, b_ei = turned(b_en, b_turn)
+            bs_er = bs_er + (b_er,)
+            bs_ei = bs_ei + (b_ei,)
         b_s = b_h
         b_si = b_hi
         if BP > 1:
@@ -196,9 +229,8 @@ def gateloop_elementwise_fwd_kernel(
                 b_theta = bs_theta[s].to(tl.float32)
                 b_key = b_k
                 b_value = b_v
-                b_kd = tl.where(m_s[:, None], b_key * b_value, 0.0)
-                b_ld = b_g
-                b_en = tl.exp(b_ld)
+                b_kd = b_key * b_value
+                b_en = exp(b_g)
                 b_er = bs_er[s]
                 b_ei = bs_ei[s]
                 b_hr = b_er * b_c - b_ei * b_ci + b_kd
@@ -227,17 +259,18 @@ def gateloop_elementwise_fwd_kernel(
                 b_hr = b_A * b_gt - b_Ai * b_gti
                 b_gti = b_A * b_gti + b_Ai * b_gt
                 b_gt = b_hr
-        if hc is not None:
-            o_lc = (i_c * (BP * S) + o_c)[:, None]
-            m_c = (o_lc % LC == 0) & (o_c < n_t)[:, None] & m_d[None, :]
-            o_lc = i_start // LC + o_lc // LC + (i_n * NC if cu_seqlens is None else i_n)
-            p_hc = hc + o_lc * (D * 2) + o_d[None, :] * 2
-            tl.store(p_hc, b_s, mask=m_c)
-            tl.store(p_hc + 1, b_si, mask=m_c)
         if o is not None:
             for s in tl.static_range(S):
                 m_s = o_c + s < n_t
                 m_sd = m_s[:, None] if EVEN else m_s[:, None] & m_d[None, :]
+                if hc is not None:
+                    if s % LC == 0:
+                        o_lc = (i_c * (BP * S) + o_c + s)[:, None]
+                        m_c = (o_lc % LC == 0) & (o_c + s < n_t)[:, None] & m_d[None, :]
+                        o_lc = i_start // LC + o_lc // LC + (i_n * NC if cu_seqlens is None else i_n)
+                        p_hc = hc + o_lc * (D * 2) + o_d[None, :]
+                        tl.store(p_hc, b_s, mask=m_c)
+                        tl.store(p_hc + D, b_si, mask=m_c)
                 b_q = bs_q[s].to(tl.float32)
                 b_k = bs_k[s].to(tl.float32)
                 b_v = bs_v[s].to(tl.float32)
@@ -246,9 +279,8 @@ def gateloop_elementwise_fwd_kernel(
                 b_query = b_q
                 b_key = b_k
                 b_value = b_v
-                b_kd = tl.where(m_s[:, None], b_key * b_value, 0.0)
-                b_ld = b_g
-                b_en = tl.exp(b_ld)
+                b_kd = b_key * b_value
+                b_en = exp(b_g)
                 b_er = bs_er[s]
                 b_ei = bs_ei[s]
                 b_hr = b_er * b_s - b_ei * b_si + b_kd
@@ -399,7 +431,6 @@ def gateloop_elementwise_bwd_state_kernel(
     for i in range(n_c):
         i_c = n_c - 1 - i
         i_t = i_start + i_c * (BP * S)
-        n_t = i_end - i_t
         # [BP]
         i_tn = tl.where(i_c > 0, i_t - BP * S, i_end)
         bn_q = read_rows(q, q_st, i_tn, i_end, o_c, o_d, D, S, EVEN)
@@ -409,28 +440,24 @@ def gateloop_elementwise_bwd_state_kernel(
         bs_er = ()
         bs_ei = ()
         for s in tl.static_range(S):
-            m_s = o_c + s < n_t
             b_g = bs_g[s].to(tl.float32)
             b_theta = bs_theta[s].to(tl.float32)
-            b_ld = b_g
-            b_en = tl.exp(b_ld)
-            b_turn = tl.where(m_s[:, None], b_theta, 0.0)
-            b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
-            bs_er = bs_er + (b_en * tl.cos(b_turn),)
-            bs_ei = bs_ei + (b_en * tl.sin(b_turn),)
+            b_en = exp(b_g)
+            b_turn = b_theta
+            b_er, b_ei = turned(b_en, b_turn)
+            bs_er = bs_er + (b_er,)
+            bs_ei = bs_ei + (b_ei,)
         # [BP, BD]
         b_A = tl.full([BP, BD], 1.0, dtype=tl.float32)
         b_Ai = tl.zeros([BP, BD], dtype=tl.float32)
         b_back = tl.zeros([BP, BD], dtype=tl.float32)
         b_backi = tl.zeros([BP, BD], dtype=tl.float32)
         for s in tl.static_range(S - 1, -1, -1):
-            m_s = o_c + s < n_t
             b_q = bs_q[s].to(tl.float32)
             b_g = bs_g[s].to(tl.float32)
             b_theta = bs_theta[s].to(tl.float32)
             b_query = b_q
-            b_ld = b_g
-            b_en = tl.exp(b_ld)
+            b_en = exp(b_g)
             b_er = bs_er[s]
             b_ei = bs_ei[s]
             b_back += b_query * bs_do[s].to(tl.float32) * scale
@@ -586,19 +613,18 @@ def gateloop_elementwise_bwd_kernel(
             m_s = o_c + s < n_t
             b_g = bs_g[s].to(tl.float32)
             b_theta = bs_theta[s].to(tl.float32)
-            b_ld = b_g
-            b_en = tl.exp(b_ld)
-            b_turn = tl.where(m_s[:, None], b_theta, 0.0)
-            b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
-            bs_er = bs_er + (b_en * tl.cos(b_turn),)
-            bs_ei = bs_ei + (b_en * tl.sin(b_turn),)
+            b_en = exp(b_g)
+            b_turn = b_theta
+            b_er, b_ei = turned(b_en, b_turn)
+            bs_er = bs_er + (b_er,)
+            bs_ei = bs_ei + (b_ei,)
         # [BP, BD]: the state that each row begins with
         o_lc = (i_c * (BP * S) + o_c)[:, None]
         m_c = (o_lc % LC == 0) & (o_c < n_t)[:, None] & m_d[None, :]
         o_lc = i_start // LC + o_lc // LC + (i_n * NC if cu_seqlens is None else i_n)
-        p_hc = hc + o_lc * (D * 2) + o_d[None, :] * 2
+        p_hc = hc + o_lc * (D * 2) + o_d[None, :]
         b_h = tl.load(p_hc, mask=m_c, other=0.0)
-        b_hi = tl.load(p_hc + 1, mask=m_c, other=0.0)
+        b_hi = tl.load(p_hc + D, mask=m_c, other=0.0)
         b_ds = b_dh
         b_dsi = b_dhi
         if BP > 1:
@@ -608,13 +634,11 @@ def gateloop_elementwise_bwd_kernel(
             b_back = tl.zeros([BP, BD], dtype=tl.float32)
             b_backi = tl.zeros([BP, BD], dtype=tl.float32)
             for s in tl.static_range(S - 1, -1, -1):
-                m_s = o_c + s < n_t
                 b_q = bs_q[s].to(tl.float32)
                 b_g = bs_g[s].to(tl.float32)
                 b_theta = bs_theta[s].to(tl.float32)
                 b_query = b_q
-                b_ld = b_g
-                b_en = tl.exp(b_ld)
+                b_en = exp(b_g)
                 b_er = bs_er[s]
                 b_ei = bs_ei[s]
                 b_back += b_query * bs_do[s].to(tl.float32) * scale
@@ -648,9 +672,8 @@ def gateloop_elementwise_bwd_kernel(
             b_theta = bs_theta[s].to(tl.float32)
             b_key = b_k
             b_value = b_v
-            b_kd = tl.where(m_s[:, None], b_key * b_value, 0.0)
-            b_ld = b_g
-            b_en = tl.exp(b_ld)
+            b_kd = b_key * b_value
+            b_en = exp(b_g)
             b_er = bs_er[s]
             b_ei = bs_ei[s]
             bs_h = bs_h + (b_h,)
@@ -669,9 +692,8 @@ def gateloop_elementwise_bwd_kernel(
             b_query = b_q
             b_key = b_k
             b_value = b_v
-            b_kd = tl.where(m_s[:, None], b_key * b_value, 0.0)
-            b_ld = b_g
-            b_en = tl.exp(b_ld)
+            b_kd = b_key * b_value
+            b_en = exp(b_g)
             b_er = bs_er[s]
             b_ei = bs_ei[s]
             b_do = bs_do[s].to(tl.float32) * scale
@@ -688,7 +710,7 @@ def gateloop_elementwise_bwd_kernel(
             b_dlog_decay = b_ds * b_h + b_dsi * b_hi
             b_dphase = b_dsi * b_h - b_ds * b_hi
             # a step that forgets everything has no angle
-            b_dphase = tl.where(b_ld > DECAY_FLOOR, b_dphase, 0.0)
+            b_dphase = tl.where(b_en > 0.0, b_dphase, 0.0)
             if dq is not None:
                 b_dq_ = b_dquery
                 p_d = dq + (o_row[:, None] * D + o_d[None, :])
@@ -702,7 +724,7 @@ def gateloop_elementwise_bwd_kernel(
                 p_d = dv + (o_row[:, None] * D + o_d[None, :])
                 tl.store(p_d + s * D, b_dv_.to(dv.dtype.element_ty), mask=m_sd)
             if dg is not None:
-                b_dg_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
+                b_dg_ = b_dlog_decay
                 p_d = dg + (o_row[:, None] * D + o_d[None, :])
                 tl.store(p_d + s * D, b_dg_.to(dg.dtype.element_ty), mask=m_sd)
             if dtheta is not None:
@@ -798,12 +820,11 @@ def gateloop_elementwise_step_kernel(
         m_s = o_c + s < n_t
         b_g = bs_g[s].to(tl.float32)
         b_theta = bs_theta[s].to(tl.float32)
-        b_ld = b_g
-        b_en = tl.exp(b_ld)
-        b_turn = tl.where(m_s[:, None], b_theta, 0.0)
-        b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
-        bs_er = bs_er + (b_en * tl.cos(b_turn),)
-        bs_ei = bs_ei + (b_en * tl.sin(b_turn),)
+        b_en = exp(b_g)
+        b_turn = b_theta
+        b_er, b_ei = turned(b_en, b_turn)
+        bs_er = bs_er + (b_er,)
+        bs_ei = bs_ei + (b_ei,)
     for s in tl.static_range(S):
         m_s = o_c + s < n_t
         m_sd = m_s[:, None] if EVEN else m_s[:, None] & m_d[None, :]
@@ -815,9 +836,8 @@ def gateloop_elementwise_step_kernel(
         b_query = b_q
         b_key = b_k
         b_value = b_v
-        b_kd = tl.where(m_s[:, None], b_key * b_value, 0.0)
-        b_ld = b_g
-        b_en = tl.exp(b_ld)
+        b_kd = b_key * b_value
+        b_en = exp(b_g)
         b_er = bs_er[s]
         b_ei = bs_ei[s]
         b_hr = b_er * b_s - b_ei * b_si + b_kd

@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-# natural log of a step's decay below which the decay is exactly 0 in fp32
-DECAY_FLOOR = tl.constexpr(-128.0)
+RCP_LN2 = tl.constexpr(1.4426950408889634)
+RCP_PI = tl.constexpr(0.3183098861837907)
 
 
 @triton.jit
@@ -35,6 +35,27 @@ def locate(i_p, cu_seqlens, N, T, L, NP):
         start = tl.maximum(bos, (i_p - i_n) * L)
     end = tl.minimum(eos, start // L * L + L)
     return i_n, start, end, start == bos, (end == eos) & ((start < end) | (bos == eos))
+
+
+@triton.jit
+def exp(b_x):
+    """tl.exp but for results below 2^-126, which are zero: without instructions that see to those."""
+    return tl.exp2(b_x * RCP_LN2)
+
+
+@triton.jit
+def sigmoid(b_x):
+    """1 / (1 + exp(-b_x)) by a reciprocal root, which takes fewer instructions than a division that also serves tiny divisors."""
+    b_r = tl.rsqrt(1.0 + exp(-b_x))
+    return b_r * b_r
+
+
+@triton.jit
+def sigmoid_of_minus(b_x):
+    """1 / (1 + exp(b_x)) from what sigmoid(b_x) takes."""
+    b_e = exp(-b_x)
+    b_r = tl.rsqrt(1.0 + b_e)
+    return tl.where(b_e > 1e38, 1.0, b_e * (b_r * b_r))
 
 
 @triton.jit
@@ -145,8 +166,7 @@ def hgrn_fwd_kernel(
                 b_key = 1.0
                 b_value = b_x_
                 b_kd = b_key * b_value
-                b_ld = b_g
-                b_en = tl.exp(b_ld)
+                b_en = exp(b_g)
                 b_c = b_en * b_c + b_kd
                 b_A = b_en * b_A
             b_Ab = tl.full([BP, BD], 1.0, dtype=tl.float32)
@@ -159,23 +179,23 @@ def hgrn_fwd_kernel(
             if o is None:
                 b_A = tl.sum(tl.where(m_last, b_A, 0.0), 0)[None, :]
                 b_gt = b_A * b_gt
-        if hc is not None:
-            o_lc = (i_c * (BP * S) + o_c)[:, None]
-            m_c = (o_lc % LC == 0) & (o_c < n_t)[:, None] & m_d[None, :]
-            o_lc = i_start // LC + o_lc // LC + (i_n * NC if cu_seqlens is None else i_n)
-            tl.store(hc + o_lc * D + o_d[None, :], b_s, mask=m_c)
         if o is not None:
             for s in tl.static_range(S):
                 m_s = o_c + s < n_t
                 m_sd = m_s[:, None] if EVEN else m_s[:, None] & m_d[None, :]
+                if hc is not None:
+                    if s % LC == 0:
+                        o_lc = (i_c * (BP * S) + o_c + s)[:, None]
+                        m_c = (o_lc % LC == 0) & (o_c + s < n_t)[:, None] & m_d[None, :]
+                        o_lc = i_start // LC + o_lc // LC + (i_n * NC if cu_seqlens is None else i_n)
+                        tl.store(hc + o_lc * D + o_d[None, :], b_s, mask=m_c)
                 b_x_ = bs_x_[s].to(tl.float32)
                 b_g = bs_g[s].to(tl.float32)
                 b_query = 1.0
                 b_key = 1.0
                 b_value = b_x_
                 b_kd = b_key * b_value
-                b_ld = b_g
-                b_en = tl.exp(b_ld)
+                b_en = exp(b_g)
                 b_s = b_en * b_s + b_kd
                 b_o = b_query * b_s * scale
                 p_o = o + (o_row[:, None] * D + o_d[None, :])
@@ -298,8 +318,7 @@ def hgrn_bwd_state_kernel(
         for s in tl.static_range(S - 1, -1, -1):
             b_g = bs_g[s].to(tl.float32)
             b_query = 1.0
-            b_ld = b_g
-            b_en = tl.exp(b_ld)
+            b_en = exp(b_g)
             b_back += b_query * bs_do[s].to(tl.float32) * scale
             b_back = b_en * b_back
             b_A = b_en * b_A
@@ -409,11 +428,9 @@ def hgrn_bwd_kernel(
             b_A = tl.full([BP, BD], 1.0, dtype=tl.float32)
             b_back = tl.zeros([BP, BD], dtype=tl.float32)
             for s in tl.static_range(S - 1, -1, -1):
-                m_s = o_c + s < n_t
                 b_g = bs_g[s].to(tl.float32)
                 b_query = 1.0
-                b_ld = b_g
-                b_en = tl.exp(b_ld)
+                b_en = exp(b_g)
                 b_back += b_query * bs_do[s].to(tl.float32) * scale
                 b_back = b_en * b_back
                 b_A = b_en * b_A
@@ -432,8 +449,7 @@ def hgrn_bwd_kernel(
             b_key = 1.0
             b_value = b_x_
             b_kd = b_key * b_value
-            b_ld = b_g
-            b_en = tl.exp(b_ld)
+            b_en = exp(b_g)
             bs_h = bs_h + (b_h,)
             b_h = b_en * b_h + b_kd
         for s in tl.static_range(S - 1, -1, -1):
@@ -445,8 +461,7 @@ def hgrn_bwd_kernel(
             b_key = 1.0
             b_value = b_x_
             b_kd = b_key * b_value
-            b_ld = b_g
-            b_en = tl.exp(b_ld)
+            b_en = exp(b_g)
             b_do = bs_do[s].to(tl.float32) * scale
             b_ds += b_query * b_do
             # what the decay leaves of the state before the token
@@ -459,7 +474,7 @@ def hgrn_bwd_kernel(
                 p_d = dx + (o_row[:, None] * D + o_d[None, :])
                 tl.store(p_d + s * D, b_dx_.to(dx.dtype.element_ty), mask=m_sd)
             if dg is not None:
-                b_dg_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
+                b_dg_ = b_dlog_decay
                 p_d = dg + (o_row[:, None] * D + o_d[None, :])
                 tl.store(p_d + s * D, b_dg_.to(dg.dtype.element_ty), mask=m_sd)
             b_ds = b_en * b_ds
@@ -527,8 +542,7 @@ def hgrn_step_kernel(
         b_key = 1.0
         b_value = b_x_
         b_kd = b_key * b_value
-        b_ld = b_g
-        b_en = tl.exp(b_ld)
+        b_en = exp(b_g)
         b_s = b_en * b_s + b_kd
         b_o = b_query * b_s * scale
         tl.store(o + (o_row[:, None] * D + o_d[None, :]), b_o.to(o.dtype.element_ty), mask=m_sd)

@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-# natural log of a step's decay below which the decay is exactly 0 in fp32
-DECAY_FLOOR = tl.constexpr(-128.0)
+RCP_LN2 = tl.constexpr(1.4426950408889634)
+RCP_PI = tl.constexpr(0.3183098861837907)
 
 
 @triton.jit
@@ -35,6 +35,27 @@ def locate(i_p, cu_seqlens, N, T, L, NP):
         start = tl.maximum(bos, (i_p - i_n) * L)
     end = tl.minimum(eos, start // L * L + L)
     return i_n, start, end, start == bos, (end == eos) & ((start < end) | (bos == eos))
+
+
+@triton.jit
+def exp(b_x):
+    """tl.exp but for results below 2^-126, which are zero: without instructions that see to those."""
+    return tl.exp2(b_x * RCP_LN2)
+
+
+@triton.jit
+def sigmoid(b_x):
+    """1 / (1 + exp(-b_x)) by a reciprocal root, which takes fewer instructions than a division that also serves tiny divisors."""
+    b_r = tl.rsqrt(1.0 + exp(-b_x))
+    return b_r * b_r
+
+
+@triton.jit
+def sigmoid_of_minus(b_x):
+    """1 / (1 + exp(b_x)) from what sigmoid(b_x) takes."""
+    b_e = exp(-b_x)
+    b_r = tl.rsqrt(1.0 + b_e)
+    return tl.where(b_e > 1e38, 1.0, b_e * (b_r * b_r))
 
 
 @triton.jit
@@ -127,6 +148,7 @@ def rg_lru_fwd_kernel(
         b_h = tl.load(h0 + i_s * D + o_d[None, :], mask=m_d[None, :], other=0.0)
     b_gt = tl.full([1, BD], 1.0, dtype=tl.float32)
     b_lam = tl.load(lam + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_shared1_ = tl.maximum(b_lam, 0.0) + tl.log(1.0 + exp(-tl.abs(b_lam)))
 
     bs_x_ = read_rows(x, x_st, i_start, i_end, o_c, o_d, D, S, EVEN)
     bs_input_gate = read_rows(input_gate, input_gate_st, i_start, i_end, o_c, o_d, D, S, EVEN)
@@ -151,11 +173,14 @@ def rg_lru_fwd_kernel(
                 b_x_ = bs_x_[s].to(tl.float32)
                 b_input_gate = bs_input_gate[s].to(tl.float32)
                 b_recurrence_gate = bs_recurrence_gate[s].to(tl.float32)
+                b_shared2_ = sigmoid(b_input_gate)
+                b_shared3_ = sigmoid(b_recurrence_gate)
+                b_shared5_ = exp(-8.0 * b_shared1_[None, :] * b_shared3_)
+                b_shared6_ = tl.sqrt(1.0 - b_shared5_ * b_shared5_)
                 b_key = 1.0
-                b_value = tl.sqrt(1.0 - tl.exp(2.0 * (-8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)))) * tl.sigmoid(b_input_gate) * b_x_
+                b_value = b_shared2_ * b_shared6_ * b_x_
                 b_kd = tl.where(m_s[:, None], b_key * b_value, 0.0)
-                b_ld = -8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)
-                b_en = tl.where(m_s[:, None], tl.exp(b_ld), 1.0)
+                b_en = tl.where(m_s[:, None], b_shared5_, 1.0)
                 b_c = b_en * b_c + b_kd
                 b_A = b_en * b_A
             b_Ab = tl.full([BP, BD], 1.0, dtype=tl.float32)
@@ -168,24 +193,28 @@ def rg_lru_fwd_kernel(
             if o is None:
                 b_A = tl.sum(tl.where(m_last, b_A, 0.0), 0)[None, :]
                 b_gt = b_A * b_gt
-        if hc is not None:
-            o_lc = (i_c * (BP * S) + o_c)[:, None]
-            m_c = (o_lc % LC == 0) & (o_c < n_t)[:, None] & m_d[None, :]
-            o_lc = i_start // LC + o_lc // LC + (i_n * NC if cu_seqlens is None else i_n)
-            tl.store(hc + o_lc * D + o_d[None, :], b_s, mask=m_c)
         if o is not None:
             for s in tl.static_range(S):
                 m_s = o_c + s < n_t
                 m_sd = m_s[:, None] if EVEN else m_s[:, None] & m_d[None, :]
+                if hc is not None:
+                    if s % LC == 0:
+                        o_lc = (i_c * (BP * S) + o_c + s)[:, None]
+                        m_c = (o_lc % LC == 0) & (o_c + s < n_t)[:, None] & m_d[None, :]
+                        o_lc = i_start // LC + o_lc // LC + (i_n * NC if cu_seqlens is None else i_n)
+                        tl.store(hc + o_lc * D + o_d[None, :], b_s, mask=m_c)
                 b_x_ = bs_x_[s].to(tl.float32)
                 b_input_gate = bs_input_gate[s].to(tl.float32)
                 b_recurrence_gate = bs_recurrence_gate[s].to(tl.float32)
+                b_shared2_ = sigmoid(b_input_gate)
+                b_shared3_ = sigmoid(b_recurrence_gate)
+                b_shared5_ = exp(-8.0 * b_shared1_[None, :] * b_shared3_)
+                b_shared6_ = tl.sqrt(1.0 - b_shared5_ * b_shared5_)
                 b_query = 1.0
                 b_key = 1.0
-                b_value = tl.sqrt(1.0 - tl.exp(2.0 * (-8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)))) * tl.sigmoid(b_input_gate) * b_x_
+                b_value = b_shared2_ * b_shared6_ * b_x_
                 b_kd = tl.where(m_s[:, None], b_key * b_value, 0.0)
-                b_ld = -8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)
-                b_en = tl.where(m_s[:, None], tl.exp(b_ld), 1.0)
+                b_en = tl.where(m_s[:, None], b_shared5_, 1.0)
                 b_s = b_en * b_s + b_kd
                 b_o = b_query * b_s * scale
                 p_o = o + (o_row[:, None] * D + o_d[None, :])
@@ -293,6 +322,7 @@ def rg_lru_bwd_state_kernel(
     b_dh = tl.zeros([1, BD], dtype=tl.float32)
     b_gt = tl.full([1, BD], 1.0, dtype=tl.float32)
     b_lam = tl.load(lam + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_shared1_ = tl.maximum(b_lam, 0.0) + tl.log(1.0 + exp(-tl.abs(b_lam)))
 
     bs_recurrence_gate = read_rows(recurrence_gate, recurrence_gate_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
     bs_do = read_rows(do, do_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
@@ -311,9 +341,10 @@ def rg_lru_bwd_state_kernel(
         for s in tl.static_range(S - 1, -1, -1):
             m_s = o_c + s < n_t
             b_recurrence_gate = bs_recurrence_gate[s].to(tl.float32)
+            b_shared3_ = sigmoid(b_recurrence_gate)
+            b_shared5_ = exp(-8.0 * b_shared1_[None, :] * b_shared3_)
             b_query = 1.0
-            b_ld = -8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)
-            b_en = tl.where(m_s[:, None], tl.exp(b_ld), 1.0)
+            b_en = tl.where(m_s[:, None], b_shared5_, 1.0)
             b_back += b_query * bs_do[s].to(tl.float32) * scale
             b_back = b_en * b_back
             b_A = b_en * b_A
@@ -407,6 +438,8 @@ def rg_lru_bwd_kernel(
         if dht is not None:
             b_dh = tl.load(dht + i_n * D + o_d[None, :], mask=m_d[None, :], other=0.0)
     b_lam = tl.load(lam + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_shared0_ = sigmoid(b_lam)
+    b_shared1_ = tl.maximum(b_lam, 0.0) + tl.log(1.0 + exp(-tl.abs(b_lam)))
     b_sum_lam = tl.zeros([BP, BD], dtype=tl.float32)
 
     bs_x_ = read_rows(x, x_st, i_start + tl.maximum(n_c - 1, 0) * (BP * S), i_end, o_c, o_d, D, S, EVEN)
@@ -438,9 +471,10 @@ def rg_lru_bwd_kernel(
             for s in tl.static_range(S - 1, -1, -1):
                 m_s = o_c + s < n_t
                 b_recurrence_gate = bs_recurrence_gate[s].to(tl.float32)
+                b_shared3_ = sigmoid(b_recurrence_gate)
+                b_shared5_ = exp(-8.0 * b_shared1_[None, :] * b_shared3_)
                 b_query = 1.0
-                b_ld = -8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)
-                b_en = tl.where(m_s[:, None], tl.exp(b_ld), 1.0)
+                b_en = tl.where(m_s[:, None], b_shared5_, 1.0)
                 b_back += b_query * bs_do[s].to(tl.float32) * scale
                 b_back = b_en * b_back
                 b_A = b_en * b_A
@@ -457,11 +491,14 @@ def rg_lru_bwd_kernel(
             b_x_ = bs_x_[s].to(tl.float32)
             b_input_gate = bs_input_gate[s].to(tl.float32)
             b_recurrence_gate = bs_recurrence_gate[s].to(tl.float32)
+            b_shared2_ = sigmoid(b_input_gate)
+            b_shared3_ = sigmoid(b_recurrence_gate)
+            b_shared5_ = exp(-8.0 * b_shared1_[None, :] * b_shared3_)
+            b_shared6_ = tl.sqrt(1.0 - b_shared5_ * b_shared5_)
             b_key = 1.0
-            b_value = tl.sqrt(1.0 - tl.exp(2.0 * (-8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)))) * tl.sigmoid(b_input_gate) * b_x_
+            b_value = b_shared2_ * b_shared6_ * b_x_
             b_kd = tl.where(m_s[:, None], b_key * b_value, 0.0)
-            b_ld = -8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)
-            b_en = tl.where(m_s[:, None], tl.exp(b_ld), 1.0)
+            b_en = tl.where(m_s[:, None], b_shared5_, 1.0)
             bs_h = bs_h + (b_h,)
             b_h = b_en * b_h + b_kd
         for s in tl.static_range(S - 1, -1, -1):
@@ -470,12 +507,15 @@ def rg_lru_bwd_kernel(
             b_x_ = bs_x_[s].to(tl.float32)
             b_input_gate = bs_input_gate[s].to(tl.float32)
             b_recurrence_gate = bs_recurrence_gate[s].to(tl.float32)
+            b_shared2_ = sigmoid(b_input_gate)
+            b_shared3_ = sigmoid(b_recurrence_gate)
+            b_shared5_ = exp(-8.0 * b_shared1_[None, :] * b_shared3_)
+            b_shared6_ = tl.sqrt(1.0 - b_shared5_ * b_shared5_)
             b_query = 1.0
             b_key = 1.0
-            b_value = tl.sqrt(1.0 - tl.exp(2.0 * (-8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)))) * tl.sigmoid(b_input_gate) * b_x_
+            b_value = b_shared2_ * b_shared6_ * b_x_
             b_kd = tl.where(m_s[:, None], b_key * b_value, 0.0)
-            b_ld = -8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)
-            b_en = tl.where(m_s[:, None], tl.exp(b_ld), 1.0)
+            b_en = tl.where(m_s[:, None], b_shared5_, 1.0)
             b_do = bs_do[s].to(tl.float32) * scale
             b_ds += b_query * b_do
             # what the decay leaves of the state before the token
@@ -483,22 +523,24 @@ def rg_lru_bwd_kernel(
             b_h = b_en * b_h
             b_dvalue = b_ds * b_key
             b_dlog_decay = b_ds * b_h
+            b_shared4_ = sigmoid_of_minus(b_recurrence_gate)
+            b_shared7_ = tl.rsqrt(1.0 - b_shared5_ * b_shared5_)
             if dx is not None:
-                b_dx_ = b_dvalue * (tl.sigmoid(b_input_gate) * tl.sqrt(1.0 - tl.exp(-16.0 * tl.sigmoid(b_recurrence_gate) * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))))))
+                b_dx_ = b_dvalue * (b_shared2_ * b_shared6_)
                 p_d = dx + (o_row[:, None] * D + o_d[None, :])
                 tl.store(p_d + s * D, b_dx_.to(dx.dtype.element_ty), mask=m_sd)
             if dinput_gate is not None:
-                b_dinput_gate_ = b_dvalue * (b_x_ * tl.sigmoid(-b_input_gate) * tl.sigmoid(b_input_gate) * tl.sqrt(1.0 - tl.exp(-16.0 * tl.sigmoid(b_recurrence_gate) * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))))))
+                b_dinput_gate_ = b_dvalue * (sigmoid_of_minus(b_input_gate) * b_shared2_ * b_shared6_ * b_x_)
                 p_d = dinput_gate + (o_row[:, None] * D + o_d[None, :])
                 tl.store(p_d + s * D, b_dinput_gate_.to(dinput_gate.dtype.element_ty), mask=m_sd)
             if drecurrence_gate is not None:
-                b_drecurrence_gate_ = b_dvalue * (8.0 * b_x_ * tl.exp(-16.0 * tl.sigmoid(b_recurrence_gate) * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :]))))) * tl.sigmoid(-b_recurrence_gate) * tl.sigmoid(b_input_gate) * tl.sigmoid(b_recurrence_gate) * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) / tl.sqrt(1.0 - tl.exp(-16.0 * tl.sigmoid(b_recurrence_gate) * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))))))
-                b_drecurrence_gate_ += tl.where(b_ld > DECAY_FLOOR, b_dlog_decay * (-8.0 * tl.sigmoid(-b_recurrence_gate) * tl.sigmoid(b_recurrence_gate) * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :]))))), 0.0)
+                b_drecurrence_gate_ = b_dvalue * (8.0 * b_shared1_[None, :] * b_shared7_ * (b_shared5_ * b_shared5_) * b_shared4_ * b_shared2_ * b_shared3_ * b_x_)
+                b_drecurrence_gate_ += tl.where(b_en > 0.0, b_dlog_decay * (-8.0 * b_shared1_[None, :] * b_shared4_ * b_shared3_), 0.0)
                 p_d = drecurrence_gate + (o_row[:, None] * D + o_d[None, :])
                 tl.store(p_d + s * D, b_drecurrence_gate_.to(drecurrence_gate.dtype.element_ty), mask=m_sd)
             if dlam is not None:
-                b_dlam_ = b_dvalue * (8.0 * b_x_ * tl.exp(-16.0 * tl.sigmoid(b_recurrence_gate) * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :]))))) * tl.sigmoid(b_input_gate) * tl.sigmoid(b_lam[None, :]) * tl.sigmoid(b_recurrence_gate) / tl.sqrt(1.0 - tl.exp(-16.0 * tl.sigmoid(b_recurrence_gate) * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))))))
-                b_dlam_ += tl.where(b_ld > DECAY_FLOOR, b_dlog_decay * (-8.0 * tl.sigmoid(b_lam[None, :]) * tl.sigmoid(b_recurrence_gate)), 0.0)
+                b_dlam_ = b_dvalue * (8.0 * b_shared0_[None, :] * b_shared7_ * (b_shared5_ * b_shared5_) * b_shared2_ * b_shared3_ * b_x_)
+                b_dlam_ += tl.where(b_en > 0.0, b_dlog_decay * (-8.0 * b_shared0_[None, :] * b_shared3_), 0.0)
                 b_sum_lam += tl.where(m_sd, b_dlam_, 0.0)
             b_ds = b_en * b_ds
         if BP == 1:
@@ -555,6 +597,7 @@ def rg_lru_step_kernel(
     input_gate_st = i_n * 0 + (D if DENSE else input_gate_st)
     recurrence_gate_st = i_n * 0 + (D if DENSE else recurrence_gate_st)
     b_lam = tl.load(lam + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_shared1_ = tl.maximum(b_lam, 0.0) + tl.log(1.0 + exp(-tl.abs(b_lam)))
     # [1, BD]
     b_s = tl.load(h + i_n * D + o_d[None, :], mask=m_d[None, :], other=0.0)
     i_c = i_n * 0
@@ -572,12 +615,15 @@ def rg_lru_step_kernel(
         b_x_ = bs_x_[s].to(tl.float32)
         b_input_gate = bs_input_gate[s].to(tl.float32)
         b_recurrence_gate = bs_recurrence_gate[s].to(tl.float32)
+        b_shared2_ = sigmoid(b_input_gate)
+        b_shared3_ = sigmoid(b_recurrence_gate)
+        b_shared5_ = exp(-8.0 * b_shared1_[None, :] * b_shared3_)
+        b_shared6_ = tl.sqrt(1.0 - b_shared5_ * b_shared5_)
         b_query = 1.0
         b_key = 1.0
-        b_value = tl.sqrt(1.0 - tl.exp(2.0 * (-8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)))) * tl.sigmoid(b_input_gate) * b_x_
+        b_value = b_shared2_ * b_shared6_ * b_x_
         b_kd = tl.where(m_s[:, None], b_key * b_value, 0.0)
-        b_ld = -8.0 * (tl.maximum(b_lam[None, :], 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_lam[None, :])))) * tl.sigmoid(b_recurrence_gate)
-        b_en = tl.where(m_s[:, None], tl.exp(b_ld), 1.0)
+        b_en = tl.where(m_s[:, None], b_shared5_, 1.0)
         b_s = b_en * b_s + b_kd
         b_o = b_query * b_s * scale
         tl.store(o + (o_row[:, None] * D + o_d[None, :]), b_o.to(o.dtype.element_ty), mask=m_sd)

@@ -16,8 +16,8 @@ from triton_versions import INSTALLED, ROOT, VERSIONS, environment, found_versio
 NAMES = {
     "PropagateNan", "abs", "arange", "associative_scan", "bfloat16", "cdiv", "constexpr", "cos", "cumsum",
     "debug_barrier", "dot", "exp", "exp2", "float32", "floor", "full", "gather", "int8", "int32", "int64", "join",
-    "load", "log", "max", "maximum", "min", "minimum", "program_id", "range", "reshape", "sigmoid", "sin", "split",
-    "sqrt", "static_range", "store", "sum", "trans", "where", "zeros", "zeros_like",
+    "load", "log", "max", "maximum", "min", "minimum", "program_id", "range", "reshape", "rsqrt", "sigmoid", "sin",
+    "split", "sqrt", "static_range", "store", "sum", "trans", "where", "zeros", "zeros_like",
 }  # fmt: skip
 
 

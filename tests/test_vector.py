@@ -10,7 +10,7 @@ import torch
 from cases import VECTORS, error, extreme
 
 import flagen
-from flagen import reference, specs
+from flagen import compiler, plan_vector, reference, schedule_vector, specs
 from flagen.analysis import analyse, derivative_texts, restored
 from flagen.errors import SpecError
 from flagen.expr import (
@@ -19,11 +19,16 @@ from flagen.expr import (
     head,
     l2norm,
     log,
+    logsigmoid,
     maximum,
     q,
+    sigmoid,
     softplus,
+    sqrt,
     taylor,
 )
+from flagen.functions import evaluate, fold
+from flagen.schedule import HOPPER, Shape
 from flagen.spec import Spec
 from flagen.testing import check
 from flagen.torch_vector import VectorBackend, scan
@@ -322,3 +327,71 @@ def test_what_help_shows():
     text = flagen.compile("gateloop_elementwise").__doc__
     assert "q: [B, T, D], the query." in text and "initial_state: [N, D] complex64" in text
     assert "Returns o [B, T, D]" in text and "heads" not in text and "None: 1." in text
+
+
+# --- texts of kernels
+
+
+a, b = Input("a", "b t d"), Input("b", "b t d")
+REWRITTEN = [
+    a * (3 * (b * -lam)) / 6,
+    -(a / (b * b + 2)) * exp(-a * 2),
+    a / sqrt(b * b + 1) / (-lam),
+    exp(2 * (lam * sigmoid(a) * -8)) - exp(-8 * (sigmoid(a) * lam)),
+    softplus(3 - a) * -1 - 2 * -b,
+]
+
+
+@pytest.mark.parametrize("expr", REWRITTEN, ids=str)
+def test_products_in_one_order_have_the_same_value(expr):
+    generator = torch.Generator().manual_seed(0)
+    named = {one.name: torch.rand(7, generator=generator, dtype=torch.float64) + 0.5 for one in expr.inputs}
+    log_decay = plan_vector.canonical(-8 * lam * sigmoid(a))
+    found = plan_vector.canonical(fold(expr), log_decay)
+    torch.testing.assert_close(evaluate(found, named, 1), evaluate(expr, named, 1), rtol=1e-12, atol=0)
+    assert plan_vector.canonical(found, log_decay) == found
+
+
+def test_a_decay_is_evaluated_once_wherever_it_stands():
+    log_decay = -8 * softplus(lam) * sigmoid(a)
+    plan = compiler.prepare(Spec("alike", value=sqrt(1 - exp(2 * log_decay)) * b, log_decay=log_decay))[0]
+    (block,) = [one.block for one in plan.shared.values() if one.text.startswith("exp(-8.0")]
+    assert plan.decay_text == block
+    below = plan.shared_by("update")
+    assert [one.block for one in below if block in one.text]
+    texts = [plan.value.text, *(term.text for one in plan.gradients for term in one.terms)]
+    texts += [one.text for one in plan.shared.values()]
+    assert all(word not in text for text in texts for word in ("tl.exp", "tl.sigmoid", "-16.0"))
+    assert sum("softplus" in text or "tl.log" in text for text in texts) == 1
+
+
+def test_more_that_a_token_keeps_leaves_shorter_rows():
+    rows = [schedule_vector.row_tokens(compiler.prepare(specs.get(name))[0]) for name in ("hgrn", "min_gru", "rg_lru")]
+    assert rows == [16, 6, 4]
+    assert schedule_vector.row_tokens(compiler.prepare(specs.get("gateloop_elementwise"))[0]) == 8
+    plans = [compiler.prepare(specs.get(name))[0] for name in ("hgrn", "min_gru", "rg_lru", "gateloop_elementwise")]
+    assert [schedule_vector.forward_tokens(plan, schedule_vector.row_tokens(plan)) for plan in plans] == [16, 12, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "block", "warps"),
+    [
+        ("hgrn", 12288, 32, 4),
+        ("hgrn", 2048, 32, 8),
+        ("min_gru", 12288, 32, 4),
+        ("min_gru", 2048, 16, 4),
+        ("min_gru", 512, 32, 8),
+    ],
+)
+def test_few_channels_come_in_narrow_blocks(name, channels, block, warps):
+    plan, shape = compiler.prepare(specs.get(name))[0], Shape.dense(2, 16384, 1, 1, channels).of_vector()
+    found = schedule_vector.vector_schedule(plan, shape, torch.bfloat16, device=HOPPER)
+    assert {(one.BD, one.num_warps) for one in (found.fwd, found.bwd)} == {(block, warps)}
+    assert all(warps * 64 == one.BP * one.BD for one in (found.fwd, found.bwd))
+    assert (found.L > 0) == (channels == 512)
+
+
+@pytest.mark.parametrize("log_decay", [-softplus(a), logsigmoid(-a)], ids=str)
+def test_the_decay_of_a_sigmoid_takes_no_logarithm(log_decay):
+    plan = compiler.prepare(Spec("gated", value=b, log_decay=log_decay))[0]
+    assert plan.decay_text == "sigmoid_of_minus(b_a_)"

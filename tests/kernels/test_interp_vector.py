@@ -16,7 +16,7 @@ from cases import VECTORS, extreme, make, make_states
 from harness import backend_of, compare
 
 from flagen.compare import measure
-from flagen.expr import Input, log, maximum
+from flagen.expr import Input, exp, log, maximum, sigmoid, softplus
 from flagen.schedule_vector import VectorTile
 from flagen.spec import Spec
 
@@ -26,6 +26,7 @@ FEW = pytest.mark.parametrize("spec", [one for one in VECTORS if one.name in ("h
 SPANS = [0, 21, 21, 38, 52]  # an empty sequence, sequences that begin and end inside a segment, tokens past the last
 ROW = 4  # tokens of a row of the backward, and between checkpoints
 x, g, gate, theta = (Input(name, "b t d") for name in ("x", "g", "gate", "theta"))
+pace, per, lam = Input("pace", "b t"), Input("per", "b d"), Input("lam", "d")
 
 
 def tiles(fwd=(4, 4, 4), bwd=(2, ROW, 4), tokens=0):
@@ -57,6 +58,14 @@ def test_segments_and_a_token_more(spec):
 def test_a_row_to_a_segment(spec):
     """No rows side by side, and so no scan over rows."""
     run(spec, 1, 19, 8, tiles((1, 2, 8), (1, ROW, 8)))
+
+
+@EVERY
+@pytest.mark.parametrize("tokens", [0, 16], ids=["whole", "pieces"])
+def test_rows_of_several_checkpoints(spec, tokens):
+    """Those of the forward are as long as two of the backward."""
+    run(spec, 2, 37, 3, tiles(fwd=(2, 2 * ROW, 4), tokens=tokens))
+    run(spec, 1, 52, 3, tiles(fwd=(2, 2 * ROW, 4), tokens=tokens), cu=SPANS, want_final=False)
 
 
 @EVERY
@@ -109,6 +118,44 @@ def test_decays_from_zero_to_minus_infinity(phase, tokens):
     out, gradients = run(spec, 1, 70, 6, tiles(tokens=tokens), inputs=tuple(inputs))
     assert all(one.isfinite().all() for one in (out.o, *gradients))
     assert not gradients[where][inputs[where] == -math.inf].any()
+
+
+def test_what_expressions_share_of_every_axis():
+    """Evaluated once: of a token, of a channel, of a sequence, and of all three."""
+    own, rate, of_all = exp(-softplus(pace)), softplus(per), sigmoid(gate) * exp(lam)
+    spec = Spec("sharing", value=x * own * of_all * (1 - own), log_decay=-rate * of_all * own - rate)
+    made = backend(spec)[0].plan
+    axes = {"".join(sorted(one.leaf.axes)) for one in made.shared.values()}
+    assert {"bt", "bd", "d", "bdt"} <= axes
+    run(spec, 2, 21, 6, tiles(tokens=8))
+    run(spec, 1, 52, 5, cu=SPANS)
+
+
+def test_gates_far_from_zero():
+    """exp overflows in what sigmoids take, and results below 2^-126 are zero."""
+    spec = Spec("far", value=x * sigmoid(gate), log_decay=-softplus(gate))
+    inputs = list(make(spec, 1, 30, 1, 1, 5))
+    where = spec.inputs.index(gate)
+    inputs[where][:, 5:25:2] = torch.tensor([-300.0, -100, -88, -40, 0, 40, 87, 100, 300, 3])[None, :, None]
+    out, gradients = run(spec, 1, 30, 5, inputs=tuple(inputs))
+    assert all(one.isfinite().all() for one in (out.o, *gradients))
+
+
+@pytest.mark.parametrize("size", [3.0, 1e3, 1e30])
+def test_angles_of_any_size_turn_and_do_not_grow(size):
+    """Beyond some thousand an angle in fp32 means little, but the state must stay bounded."""
+    spec = Spec("turning", value=x, log_decay=g, phase=theta)
+    inputs = list(make(spec, 1, 40, 1, 1, 5))
+    where = spec.inputs.index(theta)
+    inputs[where] = inputs[where] / inputs[where].abs().max() * size
+    if size == 3.0:
+        run(spec, 1, 40, 5, inputs=tuple(inputs))
+        return
+    inputs[spec.inputs.index(g)].zero_()
+    made, constants = backend(spec)
+    out = made.forward(tuple(inputs), constants, 1.0, (), None, True, False)
+    most = inputs[spec.inputs.index(x)].abs().sum(1).max()
+    assert out.o.isfinite().all() and out.o.abs().max() <= most
 
 
 def test_a_gate_whose_derivative_is_infinite_at_a_reset():
