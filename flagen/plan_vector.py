@@ -19,9 +19,9 @@ from .plan_parts import block_name, block_text, leaves
 if TYPE_CHECKING:
     from .plan import Plan
 
-# what functions.py writes for a function, and a generated module's own
 DEAR = {*FUNCTIONS, "pow"}  # what is evaluated once
 ROLES = ("query", "update", "decay", "phase", "gradients")
+# what functions.py writes for a function, and a generated module's own
 _FORMS = (("tl.exp(", "exp("), ("tl.sigmoid(", "sigmoid("), ("1.0 / tl.sqrt(", "tl.rsqrt("))
 _MINUS = re.compile(r"\bsigmoid\(-(\w+(?:\[None, :\])?)\)")
 

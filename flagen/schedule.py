@@ -149,25 +149,24 @@ def schedule(
     import triton
     import triton.language as tl
 
-    low, BT = products(plan, shape.K, dtype, chunk_size)
-    F = rows_of_state(plan, shape.K)
-    BK, BF = block(shape.K, triton), block(F, triton)
-    if plan.tiled:
-        # there is a channel of ones beside the key's; tiles of 16 gave wrong gradients on Hopper
-        BK, BF = max(32, block(shape.K + 1, triton)), max(64, block(-(-F // TILES), triton))
+    low, BT, BF = products(plan, shape.K, dtype, chunk_size)
+    # there is a channel of ones beside the key's where features are tiled
+    BK = max(32, block(shape.K + 1, triton)) if plan.tiled else block(shape.K, triton)
+    whole = block(shape.V, triton)
+    square = low and BF == whole == 128 and device.shared >= STAGED
     parts = 2 if plan.complex else 1
-    BV = value_block(block(shape.V, triton), BF * parts, STATE_ELEMENTS)
+    BV = value_block(whole, BF * parts, STATE_ELEMENTS)
     programs = shape.N * shape.H
     LC = max(checkpoint or checkpoint_of(plan), BT) // BT * BT
     bwd = tile(BT, BV, BF * BV * parts, 1)
     fwd = bwd
     if plan.tiled:
-        fwd = bwd = feature_tile(BF, block(shape.V, triton), chunk_size, low)
+        fwd = bwd = feature_tile(BF, whole, chunk_size, low)
     # blocks of more than 128 rows and 32 columns gave wrong outputs and bad addresses with Triton 3.6 on Hopper
     elif not plan.serial_tree and BF <= 128:
         # half a state, and two programs at once on a multiprocessor
         half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
-        stages = 2 if low and min(BF, block(shape.V, triton)) >= PIPELINED else 1
+        stages = 2 if low and min(BF, whole) >= PIPELINED else 1
         if plan.turned:
             half, stages = max(half, min(BV, 64)), 1
         fwd = tile(BT, half, BF * half * parts, stages)
@@ -177,16 +176,14 @@ def schedule(
     if plan.turned:
         # four warps hold the rows of a chunk of 32 twice
         intra = Tile(BT, 32, 2, 1)
-        square = BF == block(shape.V, triton) == 128
-        if low and not chunk_size and square and not plan.normalized and device.shared >= STAGED:
+        if square and not chunk_size and not plan.normalized:
             # the forward's own chunks: what a backward does inside chunks of 64 has too few registers
             fwd, intra = tile(64, half, BF * half * parts, 2), Tile(64, 16, 2, 1)
     if plan.erase:
-        fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == BV == block(shape.V, triton) == 128)
+        fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == whole == 128)
         # with a decay per key channel the key channels come in blocks of 64
         warps = 4 if BK <= 128 or plan.decay == "key" else 8
         intra, bwd_intra = Tile(BT, 64, warps, 1), Tile(BT, min(64, 8192 // BK), 8, 1)
-    whole = block(shape.V, triton)
     rows = turned_tile(BT, BK, whole) if plan.turned else sweep_tile(BT, BK, whole, low)
     if plan.erase:
         rows = Tile(fwd.BT, fwd.BV, fwd.num_warps, 1)
@@ -196,7 +193,7 @@ def schedule(
     dq_L = piece(shape, -(-programs * -(-shape.K // rows.BV) // 8), device, LC)
     beside = False
     # with smaller states the pipeline of three stages gave wrong normalisers with Triton 3.6 on Hopper, and they moved
-    three = low and BT == 64 and BF == whole == 128 and device.shared >= STAGED
+    three = square and BT == 64
     if three and plan.intra and not plan.turned and not plan.normalized and 2 * programs > device.multiprocessors:
         # dv takes no less than with halves
         fwd, rows = serial_tile(BT, BF, BV), serial_tile(BT, whole, BK)
@@ -212,7 +209,7 @@ def schedule(
         bwd=bwd,
         intra=intra,
         bwd_intra=bwd_intra,
-        step=Tile(1, max(16, min(BV, 8192 // (block(F, triton) * parts))), 4, 1),
+        step=Tile(1, max(16, min(BV, 8192 // (block(rows_of_state(plan, shape.K), triton) * parts))), 4, 1),
         rows=rows,
         BK=BK,
         BV=whole,
@@ -231,17 +228,17 @@ def schedule(
     )
 
 
-def products(plan: Plan, K: int, dtype: torch.dtype, chunk_size: int | None) -> tuple[bool, int]:
-    """Whether operands of products are bf16, and tokens per chunk."""
+def products(plan: Plan, K: int, dtype: torch.dtype, chunk_size: int | None) -> tuple[bool, int, int]:
+    """Whether operands of products are bf16, tokens per chunk, and the block of the rows of the state."""
     import torch
     import triton
 
     # a state of few rows is rewritten over and over, and roundings of what is erased add up: bf16 would be too coarse
     low = dtype == torch.bfloat16 and not (plan.erase and K <= 32)
     F = rows_of_state(plan, K)
-    return low, chunk_size or chunk(
-        plan, max(64, block(-(-F // TILES), triton)) if plan.tiled else block(F, triton), low
-    )
+    # tiles of 16 gave wrong gradients on Hopper
+    BF = max(64, block(-(-F // TILES), triton)) if plan.tiled else block(F, triton)
+    return low, chunk_size or chunk(plan, BF, low), BF
 
 
 def erase_kept(
@@ -250,7 +247,7 @@ def erase_kept(
     """Shapes and dtypes of what the training forward of an erase keeps beside its states; none for others."""
     import torch
 
-    low, BT = products(plan, shape.K, dtype, chunk_size)
+    low, BT, _ = products(plan, shape.K, dtype, chunk_size)
     rows = shape.B, shape.T, shape.H
     chunks = shape.T // BT + shape.N if packed else shape.N * -(-shape.T // BT)
     kinds = dict.fromkeys("MABC", ((*rows, BT), torch.bfloat16 if low else torch.float32)) | {
