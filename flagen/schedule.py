@@ -153,6 +153,9 @@ def schedule(
     # there is a channel of ones beside the key's where features are tiled
     BK = max(32, block(shape.K + 1, triton)) if plan.tiled else block(shape.K, triton)
     whole = block(shape.V, triton)
+    if plan.serial_tree and BT >= 64:
+        # with fewer columns beside so many rows Triton 3.6 gave wrong outputs on Hopper
+        whole = max(64, whole)
     square = low and BF == whole == 128 and device.shared >= STAGED
     parts = 2 if plan.complex else 1
     BV = value_block(whole, BF * parts, STATE_ELEMENTS)

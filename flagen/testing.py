@@ -9,6 +9,7 @@ Errors are measured against fp64 on the same rounded inputs, as the relative RMS
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -281,21 +282,24 @@ def _tuple(state: Any) -> tuple[Tensor, ...]:
 def compared(case: Case, got: Results, want: Results) -> list[Row]:
     """A row for the output, each final state and each gradient that is there."""
     spec, dtype, (of_output, of_states) = case.spec, case.dtype, case.dtypes
-    # the output has the dtype of value's first input, a gradient that of its input, which may be coarser than the rest
-    rows = [row("o", got.o, want.o, max(limit_of(kind, "o") for kind in (dtype, of_output)), dtype=of_output)]
+    # the output has the dtype of value's first input, and products are taken in it; a gradient has that of its input
+    limit = functools.partial(_coarsest, dtype, of_output)
+    rows = [row("o", got.o, want.o, limit(kind="o"), dtype=of_output)]
     for part, x, y in zip("Szm", got.final, want.final, strict=False):
-        rows.append(row(f"final_state {part}", x, y, limit_of(dtype, "o"), dtype=of_states))
+        rows.append(row(f"final_state {part}", x, y, limit(kind="o"), dtype=of_states))
     for one, given, x, y in zip(spec.inputs, case.inputs, got.d_inputs, want.d_inputs, strict=True):
-        if y is None:
-            continue
-        limit = max(limit_of(kind, kind_of(spec, one)) for kind in (dtype, given.dtype))
-        rows.append(gradient_row(case, one, x, y, want.rate, limit))
+        if y is not None:
+            rows.append(gradient_row(case, one, x, y, want.rate, limit(given.dtype, kind=kind_of(spec, one))))
     for part, x, y in zip("Szm", got.d_initial, want.d_initial, strict=False):
-        if y is None:
-            continue
-        kind = "gradient" if part == "S" else "gate"  # z has no value channels, its gradient is a sum over them
-        rows.append(row(f"d initial_state {part}", x, y, limit_of(dtype, kind)))
+        if y is not None:
+            kind = "gradient" if part == "S" else "gate"  # z has no value channels, its gradient is a sum over them
+            rows.append(row(f"d initial_state {part}", x, y, limit(kind=kind)))
     return rows
+
+
+def _coarsest(*dtypes: torch.dtype, kind: str) -> float:
+    """The limit of what is computed in the coarsest of these dtypes."""
+    return max(limit_of(one, kind) for one in dtypes)
 
 
 def gradient_row(
@@ -389,7 +393,7 @@ def _decoded(case: Case, tokens: int, got: Results, want: Results) -> list[Row]:
     for t in range(time - tokens, time):
         now = case.tokens(t, t + 1)
         outputs.append(case.op.step(*now, **case.scalars, scale=case.options["scale"], state=case.public(states)))
-    limit = max(limit_of(kind, "o") for kind in (dtype, case.dtypes[0]))
+    limit = _coarsest(dtype, case.dtypes[0], kind="o")
     rows = [row("step o", torch.cat(outputs, 1), want.o[:, time - tokens :], limit)]
     for part, x, y in zip("Szm", states, want.final, strict=False):
         rows.append(row(f"step state {part}", x, y, limit_of(dtype, "o")))

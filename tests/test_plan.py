@@ -6,6 +6,7 @@ import ast
 import re
 
 import pytest
+import torch
 from cases import ALL
 
 from flagen import specs, validate
@@ -14,6 +15,7 @@ from flagen.errors import SpecError
 from flagen.expr import Input, k, logsigmoid, sigmoid
 from flagen.plan import make_plan
 from flagen.render import render
+from flagen.schedule import Shape, schedule
 from flagen.spec import Spec
 
 EVERY = pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
@@ -110,3 +112,10 @@ def test_an_input_named_like_a_block_gets_another_block(name):
     (tensor,) = (x for x in plan.inputs if x.name == name)
     assert tensor.block == (f"b_{name}" if name == "theta" else f"b_{name}_")
     compile(render(plan), "<rendered>", "exec")
+
+
+@pytest.mark.parametrize(("chunk_size", "widths"), [(16, 32), (32, 32), (64, 64), (128, 64)])
+def test_long_chunks_of_a_decay_per_value_channel_have_blocks_that_are_believed(chunk_size, widths):
+    plan = make_plan(analyse(next(spec for spec in ALL if spec.name == "value_u")))
+    found = schedule(plan, Shape.dense(1, 714, 6, 60, 24), torch.bfloat16, chunk_size=chunk_size)
+    assert {found.fwd.BV, found.bwd.BV, found.BV} == {widths}

@@ -295,6 +295,17 @@ def test_check_in_other_circumstances(spec, options):
     check(Honest(spec), **(SMALL | options), dtype=torch.float16, device="cpu")
 
 
+def test_a_limit_is_that_of_the_dtype_of_products():
+    # v is bf16, as an input of log_decay, and so are the output and the operands of products; q and k are fp16
+    spec = Spec("mixed", log_decay=-softplus(v))
+    report = check(Honest(spec), **SMALL, dtype=torch.float16, gate_dtype=torch.bfloat16, device="cpu")
+    limits = {row.tensor: row.limit for row in report.rows}
+    coarse, fine = TOLERANCES[torch.bfloat16], TOLERANCES[torch.float16]
+    assert {limits[x] for x in ("o", "final_state S", "step o")} == {coarse["o"]} and coarse["o"] > fine["o"]
+    assert {limits[f"d {x}"] for x in ("q", "k", "initial_state S")} == {coarse["gradient"]}
+    assert limits["step state S"] == fine["o"]
+
+
 def test_check_of_sequences_has_no_decode():
     report = check(Honest(specs.get("gla")), H=2, K=4, V=4, device="cpu", cu_seqlens=[0, 3, 9])
     assert [row.tensor for row in report.rows if "step" in row.tensor] == [] and " T=9 " in report.title
