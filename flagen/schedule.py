@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 CHECKPOINT = 256  # tokens between the states that the training forward keeps
 TILES = 3  # of a state over Taylor features of order 2
 STAGED = 200 << 10  # bytes of shared memory that three stages of chunks and a state of 128 x 128 take at the most
-# channels, of keys and of values, from which on sweeps load the next chunk early: with blocks of 16 key channels and 32
-# or 64 value channels the gradient of the decay was wrong with Triton 3.6 on Hopper, or an address was bad
-PIPELINED = 64
+# channels, of keys and of values, of the narrowest block of 16-bit operands: with 16 or 32 beside chunks of 64 outputs and
+# gradients were wrong with Triton 3.6 on Hopper, or an address was bad, whatever the kernel
+NARROWEST = 64
 STATE_ELEMENTS = 1 << 14  # of a program's block of the state: 64 KiB of registers in fp32
 PRECISIONS = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
 
@@ -151,11 +151,8 @@ def schedule(
 
     low, BT, BF = products(plan, shape.K, dtype, chunk_size)
     # there is a channel of ones beside the key's where features are tiled
-    BK = max(32, block(shape.K + 1, triton)) if plan.tiled else block(shape.K, triton)
-    whole = block(shape.V, triton)
-    if plan.serial_tree and BT >= 64:
-        # with fewer columns beside so many rows Triton 3.6 gave wrong outputs on Hopper
-        whole = max(64, whole)
+    BK = max(32, block(shape.K + 1, triton)) if plan.tiled else block(shape.K, triton, least(low))
+    whole = block(shape.V, triton, least(low))
     square = low and BF == whole == 128 and device.shared >= STAGED
     parts = 2 if plan.complex else 1
     BV = value_block(whole, BF * parts, STATE_ELEMENTS)
@@ -169,7 +166,7 @@ def schedule(
     elif not plan.serial_tree and BF <= 128:
         # half a state, and two programs at once on a multiprocessor
         half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
-        stages = 2 if low and min(BF, whole) >= PIPELINED else 1
+        stages = 2 if low else 1
         if plan.turned:
             half, stages = max(half, min(BV, 64)), 1
         fwd = tile(BT, half, BF * half * parts, stages)
@@ -240,7 +237,7 @@ def products(plan: Plan, K: int, dtype: torch.dtype, chunk_size: int | None) -> 
     low = dtype == torch.bfloat16 and not (plan.erase and K <= 32)
     F = rows_of_state(plan, K)
     # tiles of 16 gave wrong gradients on Hopper
-    BF = max(64, block(-(-F // TILES), triton)) if plan.tiled else block(F, triton)
+    BF = max(64, block(-(-F // TILES), triton)) if plan.tiled else block(F, triton, least(low))
     return low, chunk_size or chunk(plan, BF, low), BF
 
 
@@ -261,9 +258,14 @@ def erase_kept(
     return [kinds[x] for x in plan.erase_kept]
 
 
-def block(size: int, triton: Any) -> int:
+def block(size: int, triton: Any, least: int = 16) -> int:
     """The block of an axis: a power of two that products take."""
-    return max(16, int(triton.next_power_of_2(size)))
+    return max(least, int(triton.next_power_of_2(size)))
+
+
+def least(low: bool) -> int:
+    """Channels of the narrowest block. low: operands of products have 16 bits."""
+    return NARROWEST if low else 16
 
 
 def chunk(plan: Plan, BF: int, low: bool) -> int:
@@ -291,7 +293,7 @@ def sweep_tile(BT: int, widest: int, others: int, low: bool) -> Tile:
     other side: half a state and two programs at once on a multiprocessor where that leaves blocks of 64."""
     elements = STATE_ELEMENTS // 2 if others <= 128 else STATE_ELEMENTS
     size = value_block(widest, others, elements)
-    return tile(BT, size, size * others, 2 if low and min(size, others) >= PIPELINED and others <= 128 else 1)
+    return tile(BT, size, size * others, 2 if low and others <= 128 else 1)
 
 
 def turned_tile(BT: int, widest: int, others: int) -> Tile:
