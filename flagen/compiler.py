@@ -46,8 +46,8 @@ def compile(
     """The function of a recurrence: forward, backward and decode.
 
     spec: a Spec, or the name of a shipped one such as "gla".
-    chunk_size: tokens a chunk, one of 16, 32, 64, 128; None lets each backend choose. It changes speed and rounding
-        only.
+    chunk_size: tokens a chunk, one of 16, 32, 64, 128, or as many of them as a GPU's shared memory has room for; None
+        lets each backend choose. It changes speed and rounding only.
     backend: "auto" runs the Triton kernels on CUDA tensors (and on CPU tensors if TRITON_INTERPRET=1 was set before
         Triton was imported) and chunkwise PyTorch elsewhere, call by call; "triton" and "torch" always run that. A spec
         that has no Triton kernels yet runs as chunkwise PyTorch everywhere; its op.plan is None.

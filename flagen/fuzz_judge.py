@@ -30,6 +30,7 @@ from .errors import SpecError
 from .expr import Expr, Input
 from .functions import evaluate
 from .fuzz import Trial
+from .samples import gates
 from .testing import Case, Results, compared
 from .validate import AXES_OF
 
@@ -141,6 +142,8 @@ def unsharp(case: Case, rows: list[Row]) -> dict[str, str]:
         results = replace(results, d_inputs=results.d_inputs[: len(case.inputs)])
         turned = _beyond(compared(case, results, want))
         found |= {name: "moves with a rounding of its operands" for name in turned if name not in found}
+    if "o" in found:  # the gradient of a decay is a running sum of products with what is read, and adds its errors up
+        found = {f"d {one.name}": "sums what moves with a rounding" for one in gates(case.spec)} | found
     names = {row.tensor: _STEPS.get(row.tensor, row.tensor) for row in rows}
     return {
         name: found[same] for name, same in names.items() if same in found and (name in finite or "fit" in found[same])

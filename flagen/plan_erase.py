@@ -85,8 +85,9 @@ class ErasePlan:
         products."""
         roles = (*self.analysis.roles, *self.unit_roles)
         used = [(role, self.block_of(role, expr)) for role, expr in roles if one in expr.inputs]
-        plain = bool(used) and all(expr == one for _, expr in used)
-        return "" if plain and used[0][0] in ("query", "key", "value", "erase_a", "erase_b") else ".to(tl.float32)"
+        products = ("query", "key", "value", "erase_a", "erase_b")
+        plain = bool(used) and all(expr == one and role in products for role, expr in used)
+        return "" if plain else ".to(tl.float32)"
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

@@ -75,9 +75,10 @@ def sum_column(plan: Plan) -> int:
 
 
 def summed(plan: Plan) -> bool:
-    """Whether an input of the decay lacks a time axis, so that its gradient is a sum over tokens of a running sum."""
-    decay = plan.log_decay
-    return bool(decay and any("t" not in one.axes for one in plan.inputs if one.name in decay.inputs))
+    """Whether an input of decay or phase lacks a time axis, so that its gradient is a sum over tokens of a running
+    sum."""
+    names = {name for role in (plan.log_decay, plan.phase) if role for name in role.inputs}
+    return any("t" not in one.axes for one in plan.inputs if one.name in names)
 
 
 def telescopes(plan: Plan) -> bool:

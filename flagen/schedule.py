@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 CHECKPOINT = 256  # tokens between the states that the training forward keeps
 TILES = 3  # of a state over Taylor features of order 2
 STAGED = 200 << 10  # bytes of shared memory that three stages of chunks and a state of 128 x 128 take at the most
-# channels, of keys and of values, of the narrowest block of 16-bit operands: with 16 or 32 beside chunks of 64 outputs and
-# gradients were wrong with Triton 3.6 on Hopper, or an address was bad, whatever the kernel
+# channels, of keys and of values, of the narrowest block of 16-bit operands: with 16 or 32 beside chunks of 64 outputs
+# and gradients were wrong with Triton 3.6 on Hopper, or an address was bad, whatever the kernel
 NARROWEST = 64
 STATE_ELEMENTS = 1 << 14  # of a program's block of the state: 64 KiB of registers in fp32
 PRECISIONS = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
@@ -120,13 +120,16 @@ def rows_of_state(plan: Plan, K: int) -> int:
 def checkpoint_of(plan: Plan) -> int:
     """Tokens between the states that the training forward keeps.
 
-    From each of them the gradient of a scalar decay is summed up anew, by token. Errors of such a sum add up in one
-    direction; half as many tokens leave half of them to a gradient that is in turn the sum over all tokens. Taylor
-    features in tiles have no decay, and a state is as large as hundreds of tokens' inputs.
+    From each of them the gradient of a decay is summed up anew, by token. Errors of such a sum add up in one
+    direction; half as many tokens leave half of them to a gradient that is in turn the sum over all tokens, and with a
+    decay per channel, of which each has fewer terms, it takes a quarter. Taylor features in tiles have no decay, and a
+    state is as large as hundreds of tokens' inputs.
     """
     if plan.tiled:
         return CHECKPOINT * 4
-    return CHECKPOINT // 2 if plan.sweeps and plan.summed else CHECKPOINT
+    if not plan.summed:
+        return CHECKPOINT
+    return CHECKPOINT // 2 if plan.sweeps else CHECKPOINT if plan.erase else CHECKPOINT // 4
 
 
 def schedule(
@@ -142,14 +145,14 @@ def schedule(
 ) -> Schedule:
     """The schedule of a call. dtype: that of the output; exact_decay: log decays are bf16 as given.
 
-    chunk_size: tokens per chunk, 16, 32, 64 or 128, instead of the plan's own; input_precision: how products of fp32
-    inputs are taken. checkpoint: instead of checkpoint_of.
+    chunk_size: tokens per chunk, 16, 32, 64 or 128, instead of the plan's own, or as many of them as there is shared
+    memory for; input_precision: how products of fp32 inputs are taken. checkpoint: instead of checkpoint_of.
     """
     import torch
     import triton
     import triton.language as tl
 
-    low, BT, BF = products(plan, shape.K, dtype, chunk_size)
+    low, BT, BF = products(plan, shape, dtype, chunk_size)
     # there is a channel of ones beside the key's where features are tiled
     BK = max(32, block(shape.K + 1, triton)) if plan.tiled else block(shape.K, triton, least(low))
     whole = block(shape.V, triton, least(low))
@@ -161,12 +164,12 @@ def schedule(
     bwd = tile(BT, BV, BF * BV * parts, 1)
     fwd = bwd
     if plan.tiled:
-        fwd = bwd = feature_tile(BF, whole, chunk_size, low)
+        fwd = bwd = feature_tile(BF, whole, chunk_size and BT, low)
     # blocks of more than 128 rows and 32 columns gave wrong outputs and bad addresses with Triton 3.6 on Hopper
     elif not plan.serial_tree and BF <= 128:
         # half a state, and two programs at once on a multiprocessor
-        half = value_block(BV, BF * parts, STATE_ELEMENTS // 2)
-        stages = 2 if low else 1
+        half = max(value_block(BV, BF * parts, STATE_ELEMENTS // 2), least(low))
+        stages = 2 if low and BF * half * parts <= STATE_ELEMENTS // 2 else 1
         if plan.turned:
             half, stages = max(half, min(BV, 64)), 1
         fwd = tile(BT, half, BF * half * parts, stages)
@@ -228,17 +231,19 @@ def schedule(
     )
 
 
-def products(plan: Plan, K: int, dtype: torch.dtype, chunk_size: int | None) -> tuple[bool, int, int]:
+def products(plan: Plan, shape: Shape, dtype: torch.dtype, chunk_size: int | None) -> tuple[bool, int, int]:
     """Whether operands of products are bf16, tokens per chunk, and the block of the rows of the state."""
     import torch
     import triton
 
     # a state of few rows is rewritten over and over, and roundings of what is erased add up: bf16 would be too coarse
-    low = dtype == torch.bfloat16 and not (plan.erase and K <= 32)
-    F = rows_of_state(plan, K)
+    low = dtype == torch.bfloat16 and not (plan.erase and shape.K <= 32)
+    F = rows_of_state(plan, shape.K)
     # tiles of 16 gave wrong gradients on Hopper
     BF = max(64, block(-(-F // TILES), triton)) if plan.tiled else block(F, triton, least(low))
-    return low, chunk_size or chunk(plan, BF, low), BF
+    widest = max(2 * BF if plan.complex else BF, shape.V)
+    BT = min(chunk_size, longest(plan, widest, low)) if chunk_size else chunk(plan, BF, low)
+    return low, BT, BF
 
 
 def erase_kept(
@@ -247,7 +252,7 @@ def erase_kept(
     """Shapes and dtypes of what the training forward of an erase keeps beside its states; none for others."""
     import torch
 
-    low, BT, _ = products(plan, shape.K, dtype, chunk_size)
+    low, BT, _ = products(plan, shape, dtype, chunk_size)
     rows = shape.B, shape.T, shape.H
     chunks = shape.T // BT + shape.N if packed else shape.N * -(-shape.T // BT)
     kinds = dict.fromkeys("MABC", ((*rows, BT), torch.bfloat16 if low else torch.float32)) | {
@@ -272,6 +277,12 @@ def chunk(plan: Plan, BF: int, low: bool) -> int:
     """Tokens per chunk: as many as the tiles [BT, BF] leave registers for."""
     widest = 64 if low and not plan.serial_tree and not plan.turned else 32
     return max(16, min(widest, STATE_ELEMENTS // BF))
+
+
+def longest(plan: Plan, widest: int, low: bool) -> int:
+    """The most tokens per chunk whose tiles fit shared memory, beside a state of up to `widest` rows or columns."""
+    half = plan.serial_tree or plan.tiled or plan.erase or widest > 128
+    return (64 if half else 128) if low else (32 if half else 64)
 
 
 def value_block(widest: int, rows: int, elements: int) -> int:
@@ -304,7 +315,7 @@ def turned_tile(BT: int, widest: int, others: int) -> Tile:
 
 def feature_tile(BF: int, widest: int, chunk_size: int | None, low: bool) -> Tile:
     """The tile of kernels whose programs hold TILES tiles of BF features of the state, and blocks [BT, BF] of features
-    by the side of them."""
+    by the side of them. chunk_size: None for as many tokens as registers leave room for."""
     BT = chunk_size or max(16, min(64 if low else 32, (1 << 12) // BF))
     return Tile(BT, value_block(min(64, widest), BF * (TILES + 1), STATE_ELEMENTS), 4, 1)
 

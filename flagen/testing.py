@@ -396,5 +396,5 @@ def _decoded(case: Case, tokens: int, got: Results, want: Results) -> list[Row]:
     limit = _coarsest(dtype, case.dtypes[0], kind="o")
     rows = [row("step o", torch.cat(outputs, 1), want.o[:, time - tokens :], limit)]
     for part, x, y in zip("Szm", states, want.final, strict=False):
-        rows.append(row(f"step state {part}", x, y, limit_of(dtype, "o")))
+        rows.append(row(f"step state {part}", x, y, limit))
     return rows

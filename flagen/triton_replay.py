@@ -60,7 +60,7 @@ class Replay:
                 if len(self._forms) >= MAX_FORMS:
                     self._forms.clear()
                 self._forms[form] = SEEN
-            elif known == SEEN and not hooked():
+            elif known == SEEN and not hooked() and not captured(tensors):
                 return self._recorded(form, tensors, run)
             return run(self.launchers, tensors)
 
@@ -95,6 +95,12 @@ def form_of(key: Hashable, tensors: Sequence[Tensor | None]) -> Hashable:
             form.append(x.device)
             break
     return tuple(form)
+
+
+def captured(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether launches go into a CUDA graph: a call that was recorded while one was captured for torch.compile ended in
+    an error of the graph's memory pool."""
+    return any(x is not None and x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
 
 
 def hooked() -> bool:

@@ -608,9 +608,6 @@ def gateloop_bwd_intra_kernel(
             p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
             b_do = tl.load(p_do, mask=m_tv, other=0.0)
             b_dA += tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        if TREE:
-            # [BT]
-            b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1) * scale
         b_key = b_k
         b_query = b_q
         # [BT, BK]
@@ -636,73 +633,88 @@ def gateloop_bwd_intra_kernel(
         b_cr = b_cl
         b_sr = b_sl
         o_d = o_row[:, None] * (2 * K) + o_k[None, :]
+        b_es = b_eq * scale
+        # pairs of rows that are not far by products of query and key with the decays since the chunk's start, a token's own pair with them, in both
+        # kernels by the same numbers: a later row that is far changes no bit of these
+        m_pair = o_i[None, :] <= o_i[:, None]
+        if TREE:
+            m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
+            b_dfar = tl.where(m_far[:, None], b_dA, 0.0)
+            b_dpair = tl.where(m_pair & (m_far == 0)[:, None], b_dA, 0.0).to(DOT)
+            b_el = tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)
+        else:
+            b_dpair = tl.where(m_pair, b_dA, 0.0).to(DOT)
+            b_el = tl.exp2(-b_ck * RCP_LN2)
+            b_en = tl.exp2(b_gn * RCP_LN2)[None, :]
+        b_x = tl.zeros([BT, BK], dtype=tl.float32)
+        b_y = tl.zeros([BT, BK], dtype=tl.float32)
+        if TREE:
+            # first, and dqd only then: these take most registers
+            b_qc = b_query * b_cr * scale
+            b_qs = b_query * b_sr * scale
+            b_dqc, b_dqs, b_kfar, b_kfari, b_x, b_xlfar, b_y, b_ylfar = tree_apply_complex(
+                b_dfar, b_qc, b_qs, b_key * b_cl, b_key * b_sl, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
+            )
+            b_qfar = (b_dqc * b_cr + b_dqs * b_sr) * scale
+            b_kfar = b_kfar * b_cl + b_kfari * b_sl
+            b_x += b_xlfar
+            b_y -= b_ylfar
         b_dqdr = tl.zeros([BT, BK], dtype=tl.float32)
-        b_dkdr = tl.zeros([BT, BK], dtype=tl.float32)
         b_dqdi = tl.zeros([BT, BK], dtype=tl.float32)
-        b_dkdi = tl.zeros([BT, BK], dtype=tl.float32)
         if dqd is not None:
             b_dqdr = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32)
             b_dqdi = tl.load(dqd + K + o_d, mask=m_tk, other=0.0).to(tl.float32)
-        b_es = b_eq * scale
-        if TREE:
-            m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
-            b_dpair = tl.where(m_below, b_dA, 0.0).to(DOT)
-            b_zl = b_key * tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)
-            b_dqc = tl.dot(b_dpair, (b_zl * b_cl).to(DOT), input_precision=PRECISION)
-            b_dqs = tl.dot(b_dpair, (b_zl * b_sl).to(DOT), input_precision=PRECISION)
-            b_dquery = (b_dqc * b_cr + b_dqs * b_sr) * b_eq
-            b_qc = b_query * b_cr * scale
-            b_qs = b_query * b_sr * scale
-            b_dqc, b_dqs, b_dkc, b_dks, b_x, b_xl, b_y, b_yl = tree_apply_complex(
-                b_dA, b_qc, b_qs, b_key * b_cl, b_key * b_sl, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
-            )
-            b_dquery = tl.where(m_far[:, None], b_dqc * b_cr + b_dqs * b_sr, b_dquery)
-            b_dkey = b_dkc * b_cl + b_dks * b_sl
-            b_dqd = (b_dqdr * b_cr - b_dqdi * b_sr) * b_eq
-            b_x += b_xl + b_dqd * b_query * scale
-            b_y -= b_yl + (b_dqdr * b_sr + b_dqdi * b_cr) * b_eq * b_query * scale
-            b_dquery = (b_dquery + b_dqd) * scale + b_ds[:, None] * b_key
-        else:
-            # [BT, BK]: the sums over pairs by products of query and key with the decays since the chunk's start
-            # with a token's own pair
-            b_dpair = tl.where(o_i[None, :] <= o_i[:, None], b_dA, 0.0).to(DOT)
-            b_el = tl.exp2(-b_ck * RCP_LN2)
-            b_en = tl.exp2(b_gn * RCP_LN2)[None, :]
-            b_zr = b_query * b_es
-            b_zri = (b_zr * b_sr).to(DOT)
-            b_zr = (b_zr * b_cr).to(DOT)
-            b_zl = b_key * b_el
-            b_zli = (b_zl * b_sl).to(DOT)
-            b_zl = (b_zl * b_cl).to(DOT)
+        b_zr = b_query * b_es
+        b_zri = (b_zr * b_sr).to(DOT)
+        b_zr = (b_zr * b_cr).to(DOT)
+        b_zl = b_key * b_el
+        b_zli = (b_zl * b_sl).to(DOT)
+        b_zl = (b_zl * b_cl).to(DOT)
+        b_dqc = b_dqdr
+        b_dqs = -b_dqdi
+        if DOT == tl.bfloat16:
             b_dqc = b_dqdr + tl.dot(b_dpair, b_zl, input_precision=PRECISION)
             b_dqs = tl.dot(b_dpair, b_zli, input_precision=PRECISION) - b_dqdi
-            b_x = b_dqc * b_zr.to(tl.float32) + b_dqs * b_zri.to(tl.float32)
-            b_y = b_dqs * b_zr.to(tl.float32) - b_dqc * b_zri.to(tl.float32)
-            b_dquery = (b_dqc * b_cr + b_dqs * b_sr) * b_es
+        b_x += b_dqc * b_zr.to(tl.float32) + b_dqs * b_zri.to(tl.float32)
+        b_y += b_dqs * b_zr.to(tl.float32) - b_dqc * b_zri.to(tl.float32)
+        b_dquery = (b_dqc * b_cr + b_dqs * b_sr) * b_es
+        if TREE:
+            b_dquery += b_qfar
+        if TREE:
+            # [BT]: of the far rows' own pairs
+            b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dfar, 0.0), 1) * scale
+            b_dquery += b_ds[:, None] * b_key
         if dq is not None:
             b_dq_ = b_dquery
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+        b_dkdr = tl.zeros([BT, BK], dtype=tl.float32)
+        b_dkdi = tl.zeros([BT, BK], dtype=tl.float32)
         if dkd is not None:
             b_dkdr = tl.load(dkd + o_d, mask=m_tk, other=0.0).to(tl.float32)
             b_dkdi = tl.load(dkd + K + o_d, mask=m_tk, other=0.0).to(tl.float32)
+        b_dkc = tl.zeros([BT, BK], dtype=tl.float32)
+        b_dks = tl.zeros([BT, BK], dtype=tl.float32)
+        if DOT == tl.bfloat16:
+            b_dkc = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
+            b_dks = tl.dot(tl.trans(b_dpair), b_zri, input_precision=PRECISION)
+        if not TREE:
+            b_cn, b_sn = turn(b_tn)
+            b_dkc += (b_dkdr * b_cn[None, :] + b_dkdi * b_sn[None, :]) * b_en
+            b_dks += (b_dkdr * b_sn[None, :] - b_dkdi * b_cn[None, :]) * b_en
+        b_xl = b_dkc * b_zl.to(tl.float32) + b_dks * b_zli.to(tl.float32)
+        b_yl = b_dks * b_zl.to(tl.float32) - b_dkc * b_zli.to(tl.float32)
+        b_dkey = (b_dkc * b_cl + b_dks * b_sl) * b_el
         if TREE:
             b_cn, b_sn = turn(b_tn)
             b_ce = b_cl * b_cn[None, :] + b_sl * b_sn[None, :]
             b_se = b_cl * b_sn[None, :] - b_sl * b_cn[None, :]
             b_dkd = (b_dkdr * b_ce + b_dkdi * b_se) * b_ek
-            b_dkey += b_dkd + b_ds[:, None] * b_query
-            b_xl += b_dkd * b_key
-            b_yl += (b_dkdr * b_se - b_dkdi * b_ce) * b_ek * b_key
-        else:
-            b_cn, b_sn = turn(b_tn)
-            b_cn = b_cn[None, :]
-            b_sn = b_sn[None, :]
-            b_dkc = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION) + (b_dkdr * b_cn + b_dkdi * b_sn) * b_en
-            b_dks = tl.dot(tl.trans(b_dpair), b_zri, input_precision=PRECISION) + (b_dkdr * b_sn - b_dkdi * b_cn) * b_en
-            b_xl = b_dkc * b_zl.to(tl.float32) + b_dks * b_zli.to(tl.float32)
-            b_yl = b_dks * b_zl.to(tl.float32) - b_dkc * b_zli.to(tl.float32)
-            b_dkey = (b_dkc * b_cl + b_dks * b_sl) * b_el
+            b_dkey += b_dkd + b_kfar
+            b_xl += b_dkd * b_key + b_xlfar
+            b_yl += (b_dkdr * b_se - b_dkdi * b_ce) * b_ek * b_key + b_ylfar
+        if TREE:
+            b_dkey += b_ds[:, None] * b_query
         if dk is not None:
             b_dk_ = b_dkey
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
@@ -1746,8 +1758,10 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
         scan(dhp, dht, gt, at, cu_seqlens, N, T, L, NP, K, V, F, True)
     if need_value:
         t = s.bwd
-        dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
-        parts[2].append((dv, s.bwd_L))
+        # an input of the query or key as well has a gradient of this name from there
+        of_value = {}
+        of_value["dv"], of_value["dv_sp"] = gradient(v, "bthv", needs[2], 1, rows, True)
+        parts[2].append((of_value["dv"], s.bwd_L))
         gateloop_dv_kernel[(rows * H * NV,)](
             v,
             dht=dht,
@@ -1755,8 +1769,6 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
             qd=qd,
             kd=kd,
             A=A,
-            dv=dv,
-            dv_sp=dv_sp,
             L=L,
             NP=NP,
             BK=s.BK,
@@ -1765,6 +1777,7 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
             num_warps=t.num_warps,
             num_stages=t.num_stages,
             **values,
+            **of_value,
         )
     if need_key or initial:
         dh0 = state(N, H, F, V, like) if initial else None
@@ -1851,7 +1864,7 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
         grid = (segments * H * triton.cdiv(K, t.BV),)
         if s.DOT == tl.bfloat16:
             gateloop_bwd_intra_kernel[grid](q, k, v, g, theta, TREE=False, num_warps=t.num_warps, num_stages=t.num_stages, **common)
-        gateloop_bwd_intra_kernel[grid](q, k, v, g, theta, TREE=True, num_warps=4, num_stages=1, **common)
+        gateloop_bwd_intra_kernel[grid](q, k, v, g, theta, TREE=True, num_warps=8, num_stages=1, **common)
     return parts, dh0
 
 

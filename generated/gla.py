@@ -473,9 +473,6 @@ def gla_bwd_intra_kernel(
             p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
             b_do = tl.load(p_do, mask=m_tv, other=0.0)
             b_dA += tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        if TREE:
-            # [BT]
-            b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1) * scale
         b_key = b_k
         b_query = b_q
         # [BT, BK]
@@ -492,50 +489,65 @@ def gla_bwd_intra_kernel(
             b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
         b_eq = tl.exp2(b_cq * RCP_LN2)
         o_d = o_row[:, None] * K + o_k[None, :]
-        b_dqd = tl.zeros([BT, BK], dtype=tl.float32)
-        b_dkd = tl.zeros([BT, BK], dtype=tl.float32)
-        if dqd is not None:
-            b_dqd = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32)
         b_es = b_eq * scale
+        # pairs of rows that are not far by products of query and key with the decays since the chunk's start, a token's own pair with them, in both
+        # kernels by the same numbers: a later row that is far changes no bit of these
+        m_pair = o_i[None, :] <= o_i[:, None]
         if TREE:
             m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
-            b_dpair = tl.where(m_below, b_dA, 0.0).to(DOT)
-            b_zl = (b_key * tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)).to(DOT)
-            b_dquery = tl.dot(b_dpair, b_zl, input_precision=PRECISION) * b_es
-            b_far, b_dkey, b_x, b_xl = tree_apply(
-                b_dA, b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
-            )
-            b_x += b_xl + b_dqd * (b_query * b_es).to(DOT).to(tl.float32)
-            b_dquery = tl.where(m_far[:, None], b_far * scale, b_dquery) + b_dqd * b_es
-            b_dquery += b_ds[:, None] * b_key
+            b_dfar = tl.where(m_far[:, None], b_dA, 0.0)
+            b_dpair = tl.where(m_pair & (m_far == 0)[:, None], b_dA, 0.0).to(DOT)
+            b_el = tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)
         else:
-            # [BT, BK]: the sums over pairs by products of query and key with the decays since the chunk's start
-            # with a token's own pair
-            b_dpair = tl.where(o_i[None, :] <= o_i[:, None], b_dA, 0.0).to(DOT)
+            b_dpair = tl.where(m_pair, b_dA, 0.0).to(DOT)
             b_el = tl.exp2(-b_ck * RCP_LN2)
             b_en = tl.exp2(b_gn * RCP_LN2)[None, :]
-            b_zr = (b_query * b_es).to(DOT)
-            b_zl = (b_key * b_el).to(DOT)
-            # what meets the rounded zr, by pairs and by the state at the chunk's start; both sides of a pair give the same product, so that pairs
-            # on one side of a token cancel
+        b_x = tl.zeros([BT, BK], dtype=tl.float32)
+        if TREE:
+            # first, and dqd only then: these take most registers
+            b_qfar, b_kfar, b_x, b_xlfar = tree_apply(
+                b_dfar, b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
+            )
+            b_qfar *= scale
+            b_x += b_xlfar
+        b_dqd = tl.zeros([BT, BK], dtype=tl.float32)
+        if dqd is not None:
+            b_dqd = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32)
+        b_zr = (b_query * b_es).to(DOT)
+        b_zl = (b_key * b_el).to(DOT)
+        # what meets the rounded zr, by pairs and by the state at the chunk's start; both sides of a pair give the same product, so that pairs
+        # on one side of a token cancel
+        b_dquery = b_dqd
+        if DOT == tl.bfloat16:
             b_dquery = b_dqd + tl.dot(b_dpair, b_zl, input_precision=PRECISION)
-            b_x = b_dquery * b_zr.to(tl.float32)
-            b_dquery *= b_es
+        b_x += b_dquery * b_zr.to(tl.float32)
+        b_dquery *= b_es
+        if TREE:
+            b_dquery += b_qfar
+        if TREE:
+            # [BT]: of the far rows' own pairs
+            b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dfar, 0.0), 1) * scale
+            b_dquery += b_ds[:, None] * b_key
         if dq is not None:
             b_dq_ = b_dquery
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+        b_dkd = tl.zeros([BT, BK], dtype=tl.float32)
         if dkd is not None:
             b_dkd = tl.load(dkd + o_d, mask=m_tk, other=0.0).to(tl.float32)
+        b_dkey = tl.zeros([BT, BK], dtype=tl.float32)
+        if DOT == tl.bfloat16:
+            b_dkey = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
         if TREE:
             b_dkd *= b_ek
-            b_dkey += b_dkd + b_ds[:, None] * b_query
-            b_xl += b_dkd * b_key
+            b_xl = b_dkey * b_zl.to(tl.float32) + b_dkd * b_key + b_xlfar
+            b_dkey = b_dkey * b_el + (b_dkd + b_kfar)
         else:
-            b_dkey = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
             b_dkd *= b_en
             b_xl = b_dkey * b_zl.to(tl.float32) + b_dkd * (b_key * b_el)
             b_dkey = (b_dkey + b_dkd) * b_el
+        if TREE:
+            b_dkey += b_ds[:, None] * b_query
         if dk is not None:
             b_dk_ = b_dkey
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
@@ -1450,8 +1462,10 @@ def bwd(q, k, v, g, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         scan(dhp, dht, gt, cu_seqlens, N, T, L, NP, K, V, F, True)
     if need_value:
         t = s.bwd
-        dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
-        parts[2].append((dv, s.bwd_L))
+        # an input of the query or key as well has a gradient of this name from there
+        of_value = {}
+        of_value["dv"], of_value["dv_sp"] = gradient(v, "bthv", needs[2], 1, rows, True)
+        parts[2].append((of_value["dv"], s.bwd_L))
         gla_dv_kernel[(rows * H * NV,)](
             v,
             dht=dht,
@@ -1459,8 +1473,6 @@ def bwd(q, k, v, g, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             qd=qd,
             kd=kd,
             A=A,
-            dv=dv,
-            dv_sp=dv_sp,
             L=L,
             NP=NP,
             BK=s.BK,
@@ -1469,6 +1481,7 @@ def bwd(q, k, v, g, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             num_warps=t.num_warps,
             num_stages=t.num_stages,
             **values,
+            **of_value,
         )
     if need_key or initial:
         dh0 = state(N, H, F, V, like) if initial else None

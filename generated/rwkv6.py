@@ -517,59 +517,69 @@ def rwkv6_bwd_intra_kernel(
             b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
         b_eq = tl.exp2(b_cq * RCP_LN2)
         o_d = o_row[:, None] * K + o_k[None, :]
-        b_dqd = tl.zeros([BT, BK], dtype=tl.float32)
-        b_dkd = tl.zeros([BT, BK], dtype=tl.float32)
-        if dqd is not None:
-            b_dqd = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32)
         b_es = b_eq * scale
+        # pairs of rows that are not far by products of query and key with the decays since the chunk's start, in both
+        # kernels by the same numbers: a later row that is far changes no bit of these
+        m_pair = m_below
         if TREE:
             m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
-            b_dpair = tl.where(m_below, b_dA, 0.0).to(DOT)
-            b_zl = (b_key * tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)).to(DOT)
-            b_dquery = tl.dot(b_dpair, b_zl, input_precision=PRECISION) * b_es
-            b_far, b_dkey, b_x, b_xl = tree_apply(
-                b_dA, b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
-            )
-            b_x += b_xl + b_dqd * (b_query * b_es).to(DOT).to(tl.float32)
-            b_dquery = tl.where(m_far[:, None], b_far * scale, b_dquery) + b_dqd * b_es
-            b_dquery += b_ds[:, None] * b_key * (b_u[None, :])
+            b_dfar = tl.where(m_far[:, None], b_dA, 0.0)
+            b_dpair = tl.where(m_pair & (m_far == 0)[:, None], b_dA, 0.0).to(DOT)
+            b_el = tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)
         else:
-            # [BT, BK]: the sums over pairs by products of query and key with the decays since the chunk's start
-            b_dpair = tl.where(m_below, b_dA, 0.0).to(DOT)
+            b_dpair = tl.where(m_pair, b_dA, 0.0).to(DOT)
             # no row reads the last one's key, whose decay may be anything
             m_end = (o_i >= i_lo + n_t - 1)[:, None]
             b_el = tl.where(m_end, 1.0, tl.exp2(-b_ck * RCP_LN2))
             b_en = tl.where(m_end, 1.0, tl.exp2(b_gn * RCP_LN2)[None, :])
-            b_zr = (b_query * b_es).to(DOT)
-            b_zl = (b_key * b_el).to(DOT)
-            # what meets the rounded zr, by pairs and by the state at the chunk's start; both sides of a pair give the same product, so that pairs
-            # on one side of a token cancel
+        b_x = tl.zeros([BT, BK], dtype=tl.float32)
+        if TREE:
+            # first, and dqd only then: these take most registers
+            b_qfar, b_kfar, b_x, b_xlfar = tree_apply(
+                b_dfar, b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
+            )
+            b_qfar *= scale
+            b_x += b_xlfar
+        b_dqd = tl.zeros([BT, BK], dtype=tl.float32)
+        if dqd is not None:
+            b_dqd = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32)
+        b_zr = (b_query * b_es).to(DOT)
+        b_zl = (b_key * b_el).to(DOT)
+        # what meets the rounded zr, by pairs and by the state at the chunk's start; both sides of a pair give the same product, so that pairs
+        # on one side of a token cancel
+        b_dquery = b_dqd
+        if DOT == tl.bfloat16:
             b_dquery = b_dqd + tl.dot(b_dpair, b_zl, input_precision=PRECISION)
-            b_x = b_dquery * b_zr.to(tl.float32)
-            b_dquery *= b_es
-            b_dquery += b_ds[:, None] * b_key * (b_u[None, :])
+        b_x += b_dquery * b_zr.to(tl.float32)
+        b_dquery *= b_es
+        if TREE:
+            b_dquery += b_qfar
+        b_dquery += b_ds[:, None] * b_key * (b_u[None, :])
         if dr is not None:
             b_dr_ = b_dquery
             p_d = dr + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dr_.to(dr.dtype.element_ty), mask=m_tk)
+        b_dkd = tl.zeros([BT, BK], dtype=tl.float32)
         if dkd is not None:
             b_dkd = tl.load(dkd + o_d, mask=m_tk, other=0.0).to(tl.float32)
+        b_dkey = tl.zeros([BT, BK], dtype=tl.float32)
+        if DOT == tl.bfloat16:
+            b_dkey = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
         if TREE:
             b_dkd *= b_ek
-            b_dkey += b_dkd + b_ds[:, None] * b_query * (b_u[None, :])
-            b_xl += b_dkd * b_key
+            b_xl = b_dkey * b_zl.to(tl.float32) + b_dkd * b_key + b_xlfar
+            b_dkey = b_dkey * b_el + (b_dkd + b_kfar)
         else:
-            b_dkey = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
             b_dkd *= b_en
             b_dkey += b_dkd
             b_xl = b_dkey * b_zl.to(tl.float32)
             b_dkey *= b_el
-            # once more rather than kept in registers
-            # [BT, BK]
-            p_x = r + o_t[:, None] * r_st + o_k[None, :]
-            b_r = tl.load(p_x, mask=m_tk, other=0.0)
-            b_query = b_r
-            b_dkey += b_ds[:, None] * b_query * (b_u[None, :])
+        # once more rather than kept in registers
+        # [BT, BK]
+        p_x = r + o_t[:, None] * r_st + o_k[None, :]
+        b_r = tl.load(p_x, mask=m_tk, other=0.0)
+        b_query = b_r
+        b_dkey += b_ds[:, None] * b_query * (b_u[None, :])
         if dk is not None:
             b_dk_ = b_dkey
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
@@ -1502,8 +1512,10 @@ def bwd(r, k, v, w, u, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         scan(dhp, dht, gt, cu_seqlens, N, T, L, NP, K, V, F, True)
     if need_value:
         t = s.bwd
-        dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
-        parts[2].append((dv, s.bwd_L))
+        # an input of the query or key as well has a gradient of this name from there
+        of_value = {}
+        of_value["dv"], of_value["dv_sp"] = gradient(v, "bthv", needs[2], 1, rows, True)
+        parts[2].append((of_value["dv"], s.bwd_L))
         rwkv6_dv_kernel[(rows * H * NV,)](
             v,
             dht=dht,
@@ -1511,8 +1523,6 @@ def bwd(r, k, v, w, u, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             qd=qd,
             kd=kd,
             A=A,
-            dv=dv,
-            dv_sp=dv_sp,
             L=L,
             NP=NP,
             BK=s.BK,
@@ -1521,6 +1531,7 @@ def bwd(r, k, v, w, u, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             num_warps=t.num_warps,
             num_stages=t.num_stages,
             **values,
+            **of_value,
         )
     if need_key or initial:
         dh0 = state(N, H, F, V, like) if initial else None

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from random_specs import found_trials
 
 import flagen
 from flagen import cli_fuzz, fuzz_exprs, fuzz_hunt, fuzz_judge, specs, testing
@@ -622,7 +623,8 @@ def test_what_is_known_is_printed_when_it_is_interrupted(monkeypatch, capsys):
     assert "1 specs, 1 cases, 0 failed, 1 distinct, 0 ill; seed 5" in capsys.readouterr().out
 
 
-# what a run on a GPU has found, in bf16 with blocks of 16 key channels and more of values: see schedule.PIPELINED
+# what runs on a GPU have found: these in bf16 with blocks of 16 key channels and more of values (schedule.NARROWEST),
+# and those of found.jsonl
 x_t, x_th, y_hk = Input("x_t", "t"), Input("x_th", "t h"), Input("y_hk", "h k")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SpecWarning)
@@ -652,6 +654,7 @@ with warnings.catch_warnings():
             decode=1, seed=998,
         ),
     }  # fmt: skip
+    FOUND |= found_trials()
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 

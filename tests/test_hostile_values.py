@@ -137,7 +137,13 @@ SIZES = {
 
 
 def channels_of_any_size(place, spec, factors):
-    """Finite wherever the reference in fp32 is, and close to it where that is no denormal number."""
+    """Finite wherever the reference in fp32 is, and close to it where that is no denormal number.
+
+    With bf16 operands only half as far: pairs are products with decays since the chunk's start, which are on the way up
+    to exp(SPAN) times what they give.
+    """
+    if place.dtype == torch.bfloat16:
+        factors = tuple(factor**0.5 for factor in factors)
     key, value = sizes_of(spec)
     made = make_inputs(spec, T=TOKENS, H=2, K=key, V=value)
     roles = dict(zip(("q", "k", "v"), factors, strict=True))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import fake_driver
 import pytest
@@ -98,6 +98,25 @@ def memory():
 @pytest.fixture(scope="module")
 def retnet():
     return Calls("retnet")
+
+
+def test_nothing_is_recorded_while_a_graph_is_captured(memory, monkeypatch):
+    """On a GPU a call that was recorded while torch.compile captured it ended in an error."""
+    calls = Calls("retnet")
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_replay, "captured", lambda tensors: True)
+        first, *others = (calls.forward(memory, calls.inputs)[:2] for _ in range(3))
+        assert first[0] and others == [first, first] and calls.programs() == []
+    calls.forward(memory, calls.inputs)
+    assert len(calls.programs()) == 1
+
+
+def test_a_capture_is_seen_on_a_gpu(monkeypatch):
+    on_gpu = SimpleNamespace(is_cuda=True)
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert triton_replay.captured([None, on_gpu]) is capturing
+        assert not triton_replay.captured([None, torch.ones(1)])
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
