@@ -28,12 +28,14 @@ HEADS = 2
 
 @dataclass(frozen=True)
 class Grid:
-    """Head sizes (K, V), lengths, and lengths of sequences packed into one row, with `past` tokens after the last."""
+    """Head sizes (K, V), lengths, lengths of sequences packed into one row, with `past` tokens after the last, and the
+    head sizes at which query and key have fewer heads as well: kernels of their own, which take long to compile."""
 
     sizes: tuple[tuple[int, int], ...]
     taylor_sizes: tuple[tuple[int, int], ...]
     lengths: tuple[int, ...]
     packed: tuple[tuple[int, ...], ...]
+    grouped: tuple[tuple[int, int], ...]
     past: int = 7
 
 
@@ -43,12 +45,14 @@ GRIDS = {
         taylor_sizes=((8, 12),),
         lengths=(1, 15, 65, 200),
         packed=((1, 15, 0, 64, 65),),
+        grouped=((16, 16), (20, 12), (8, 12)),
     ),
     "cuda": Grid(
         sizes=((16, 16), (60, 60), (64, 64), (100, 100), (128, 128), (256, 256), (64, 128), (100, 36)),
         taylor_sizes=((8, 8), (16, 16), (16, 64), (24, 60), (32, 128)),
         lengths=(1, 15, 63, 64, 65, 1000, 4096),
         packed=((1, 15, 0, 63, 64, 65, 200, 1000), (4096, 0, 100)),
+        grouped=((64, 64), (100, 36), (16, 64)),
     ),
 }
 MAX_K = {0: 256, 1: 255, 2: 32}  # by the order of the Taylor map
@@ -172,7 +176,7 @@ def cases(spec: Spec, unit: Unit) -> list[dict[str, Any]]:
     sizes = {"B": 2, "H": HEADS, "K": unit.K, "V": unit.V}
     found = [sizes | {"T": length, "gate_dtype": torch.float32} for length in grid.lengths]
     grouped = {one.name: 1 for one in spec.inputs if "h" in one.axes and one not in spec.value.inputs}
-    if grouped:
+    if grouped and (unit.K, unit.V) in grid.grouped:
         found.append(sizes | {"T": grid.lengths[-2], "gate_dtype": torch.float32, "heads": grouped})
     for lengths in grid.packed:
         bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
