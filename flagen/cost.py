@@ -11,17 +11,17 @@ or the largest of
         the other, and the program's issue slots;
     issue: by the rounds of programs, the issue slots of those that share a multiprocessor.
 
-Slots are spent on elementwise operations, at ISSUE of the rate of the multiprocessor, and on products, at the rate
-measured for large ones. A kernel that wants more than REGISTERS registers a thread (cost_registers.py) spills, which
-makes its slots dearer by SPILL for each 32 of them.
+Slots are spent on elementwise operations, at ISSUE of the rate of the multiprocessor, or at PLAIN of it in kernels
+without products, which have no operands to bring into place, and on products, at the rate measured for large ones. A
+kernel that wants more than REGISTERS registers a thread (cost_registers.py) spills, which makes its slots dearer by
+SPILL for each 32 of them.
 
-PRODUCT, REDUCTION, ISSUE, REGISTERS and SPILL were fitted to the forward and the forward + backward of retnet, linear,
-gla, rwkv6 and to the forward of mamba2 at 1,8192,96,128,128 in bf16, measured on an H100 with Triton 3.6: these nine
-come out within 10 %. mamba2's backward, which spilt more than any other then, was left out of the fit: it took 1.7
-times its estimate. Of other schedules, to which nothing was fitted, gla's in chunks of 64 and in two halves of V come
-out slower, forward and backward together, as they were, but by other factors. Copy bandwidth and rate of products of
-the H100 were measured; those of other devices are data sheets' times about the same shares. Everything else is an
-estimate. benchmarks/calibrate.py fits the five anew to rows of `flagen bench`.
+The six were fitted to the forward and the forward + backward of all shipped specs at three large shapes in bf16,
+measured on an H200 with Triton 3.6 (benchmarks/results/h200-large.csv): of these 114 estimates all but one are between
+0.67 and 1.43 times what was measured; hgrn's at 2,16384,16,128, forward and backward, is 0.45 times. Copy bandwidth and
+rate of products of the H100 were measured, and the H200's copy bandwidth is a bench's own; those of other devices are
+data sheets' times about the same shares. Everything else is an estimate. benchmarks/calibrate.py fits the six anew to
+rows of `flagen bench`.
 """
 
 from __future__ import annotations
@@ -60,13 +60,15 @@ OWN_REGISTERS = 40  # of a thread beside its blocks: addresses, masks, counters
 
 
 class Constants(NamedTuple):
-    """PRODUCT, REDUCTION: clocks; ISSUE: a share; REGISTERS: of a thread, as cost_registers counts; SPILL: a slope."""
+    """PRODUCT, REDUCTION: clocks; ISSUE, PLAIN: shares; REGISTERS: of a thread, as cost_registers counts; SPILL: a
+    slope."""
 
-    PRODUCT: float = 875.0
-    REDUCTION: float = 1541.0
-    ISSUE: float = 1.0
-    REGISTERS: float = 216.0
-    SPILL: float = 0.85
+    PRODUCT: float = 283.0
+    REDUCTION: float = 987.0
+    ISSUE: float = 0.512
+    REGISTERS: float = 180.0
+    SPILL: float = 0.15
+    PLAIN: float = 2.17
 
 
 FITTED = Constants()
@@ -307,7 +309,8 @@ def times(
     multiprocessors, clock = machine.device.multiprocessors, machine.clock
     rounds = -(-programs // (multiprocessors * together))
     spilt = 1 + constants.SPILL * max(0.0, wanted - constants.REGISTERS) / 32
-    slots = (work.lanes / LANES + work.special / SPECIAL_LANES) / clock / constants.ISSUE * spilt
+    share = constants.ISSUE if work.products else constants.PLAIN
+    slots = (work.lanes / LANES + work.special / SPECIAL_LANES) / clock / share * spilt
     for kind, flops in work.flops.items():
         slots += flops / (machine.products[kind] / multiprocessors)
     chain = (work.products * constants.PRODUCT + work.reduced * constants.REDUCTION) / clock
