@@ -117,6 +117,11 @@ def limit_of(dtype: torch.dtype, kind: str) -> float:
     return TOLERANCES[dtype][kind]
 
 
+def limit_for(*dtypes: torch.dtype, kind: str) -> float:
+    """The limit of what is computed in the coarsest of these dtypes."""
+    return max(limit_of(one, kind) for one in dtypes)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One tensor of a check: its errors, and the limit of the RMS error. fault: what was wrong with its form, or ''."""

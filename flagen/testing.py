@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .compare import HEADER, TOLERANCES, WORST_ROW, Error, Report, Row, assert_close, kind_of, limit_of, measure, row
+from .compare import HEADER, TOLERANCES, WORST_ROW, Error, Report, Row, assert_close, kind_of, limit_for, measure, row
 from .expr import VECTOR
 from .kinks import settled
 from .samples import LAYOUTS, arranged, check_choices, gates, make_inputs, make_scalars, make_state
@@ -150,8 +150,8 @@ def make_case(
     lengths = "" if limits is None else f" cu_seqlens={limits.tolist()}"
     names = "/".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in leaves))
     title = f"{spec.name}: B={B} T={T} H={H} K={K} V={V} {names} on {device}{lengths}"
-    coarsest = max((dtype, *(x.dtype for x in leaves)), key=lambda kind: TOLERANCES[kind]["o"])
-    known = settled(spec, leaves, states, scalars, options, (B, T, H), 4 * limit_of(coarsest, "o"))
+    sharp = 4 * limit_for(dtype, *(x.dtype for x in leaves), kind="o")
+    known = settled(spec, leaves, states, scalars, options, (B, T, H), sharp)
     return Case(op, spec, leaves, states, scalars, options, final_state, seed, dtype, title, known)
 
 
@@ -283,7 +283,7 @@ def compared(case: Case, got: Results, want: Results) -> list[Row]:
     """A row for the output, each final state and each gradient that is there."""
     spec, dtype, (of_output, of_states) = case.spec, case.dtype, case.dtypes
     # the output has the dtype of value's first input, and products are taken in it; a gradient has that of its input
-    limit = functools.partial(_coarsest, dtype, of_output)
+    limit = functools.partial(limit_for, dtype, of_output)
     rows = [row("o", got.o, want.o, limit(kind="o"), dtype=of_output)]
     for part, x, y in zip("Szm", got.final, want.final, strict=False):
         rows.append(row(f"final_state {part}", x, y, limit(kind="o"), dtype=of_states))
@@ -295,11 +295,6 @@ def compared(case: Case, got: Results, want: Results) -> list[Row]:
             kind = "gradient" if part == "S" else "gate"  # z has no value channels, its gradient is a sum over them
             rows.append(row(f"d initial_state {part}", x, y, limit(kind=kind)))
     return rows
-
-
-def _coarsest(*dtypes: torch.dtype, kind: str) -> float:
-    """The limit of what is computed in the coarsest of these dtypes."""
-    return max(limit_of(one, kind) for one in dtypes)
 
 
 def gradient_row(
@@ -393,7 +388,7 @@ def _decoded(case: Case, tokens: int, got: Results, want: Results) -> list[Row]:
     for t in range(time - tokens, time):
         now = case.tokens(t, t + 1)
         outputs.append(case.op.step(*now, **case.scalars, scale=case.options["scale"], state=case.public(states)))
-    limit = _coarsest(dtype, case.dtypes[0], kind="o")
+    limit = limit_for(dtype, case.dtypes[0], kind="o")
     rows = [row("step o", torch.cat(outputs, 1), want.o[:, time - tokens :], limit)]
     for part, x, y in zip("Szm", states, want.final, strict=False):
         rows.append(row(f"step state {part}", x, y, limit))

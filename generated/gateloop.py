@@ -1758,10 +1758,11 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
         scan(dhp, dht, gt, at, cu_seqlens, N, T, L, NP, K, V, F, True)
     if need_value:
         t = s.bwd
-        # an input of the query or key as well has a gradient of this name from there
-        of_value = {}
-        of_value["dv"], of_value["dv_sp"] = gradient(v, "bthv", needs[2], 1, rows, True)
-        parts[2].append((of_value["dv"], s.bwd_L))
+        # no names of their own: an input of the query or key as well has a gradient from there
+        of_value = [
+            gradient(v, "bthv", needs[2], 1, rows, True),
+        ]
+        parts[2].append((of_value[0][0], s.bwd_L))
         gateloop_dv_kernel[(rows * H * NV,)](
             v,
             dht=dht,
@@ -1769,6 +1770,8 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
             qd=qd,
             kd=kd,
             A=A,
+            dv=of_value[0][0],
+            dv_sp=of_value[0][1],
             L=L,
             NP=NP,
             BK=s.BK,
@@ -1777,7 +1780,6 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
             num_warps=t.num_warps,
             num_stages=t.num_stages,
             **values,
-            **of_value,
         )
     if need_key or initial:
         dh0 = state(N, H, F, V, like) if initial else None
