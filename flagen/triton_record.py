@@ -108,10 +108,14 @@ class Value:
 
     def __init__(self, tensor: Tensor, kind: str, root: Value | None = None) -> None:
         self.tensor, self.kind = tensor, kind
-        self.root = self if root is None else root
+        self._of = root  # None for itself: in a cycle it would hold its tensor until the garbage collector comes
         self.delta = tensor.data_ptr() - self.root.tensor.data_ptr()
         self.slot = -1
         self.shared: Value | None = None  # the value that this one is
+
+    @property
+    def root(self) -> Value:
+        return self if self._of is None else self._of
 
 
 class Recording(TorchDispatchMode):
@@ -136,6 +140,11 @@ class Recording(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         _state.recording = None
+
+    def forget(self) -> None:
+        """Lets go of all tensors: torch's first call under a dispatch mode may leave frames that hold this object."""
+        for held in (self.values, self.by_storage, self.kept, self.steps, self.inputs):
+            held.clear()  # type: ignore[attr-defined]
 
     def _add(self, x: Tensor, kind: str, root: Value | None = None) -> Value:
         value = self.values[id(x)] = Value(x, kind, root)

@@ -78,6 +78,7 @@ class Replay:
             self._forms[form] = Program(recording, *recording.finished(results))
         except Unrecordable as reason:
             _logger.debug("not recorded: %s", reason)
+        recording.forget()
         return results
 
 
@@ -99,7 +100,7 @@ def form_of(key: Hashable, tensors: Sequence[Tensor | None]) -> Hashable:
 
 def captured(tensors: Sequence[Tensor | None]) -> bool:
     """Whether launches go into a CUDA graph: a call that was recorded while one was captured for torch.compile ended in
-    an error of the graph's memory pool."""
+    an error of the graph's memory pool. A capture is made once, so that nothing is lost."""
     return any(x is not None and x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
 
 

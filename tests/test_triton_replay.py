@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import threading
+import weakref
 from types import ModuleType, SimpleNamespace
 
 import fake_driver
@@ -109,6 +111,30 @@ def test_nothing_is_recorded_while_a_graph_is_captured(memory, monkeypatch):
         assert first[0] and others == [first, first] and calls.programs() == []
     calls.forward(memory, calls.inputs)
     assert len(calls.programs()) == 1
+
+
+def test_a_recording_holds_no_tensor_when_it_is_over(memory, monkeypatch):
+    """Without waiting for the garbage collector: a graph's memory pool counts what is alive."""
+    found = []
+
+    class Watched(triton_replay.Recording):
+        def _add(self, *given):
+            value = super()._add(*given)
+            found.append(weakref.ref(value))
+            return value
+
+    monkeypatch.setattr(triton_replay, "Recording", Watched)
+    calls = Calls("gla")
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            _, _, out = calls.forward(memory, calls.inputs)
+            calls.backward(memory, calls.inputs, out)
+        assert len(calls.programs()) == 2 and len(found) > 20
+        assert {one() for one in found} == {None}
+    finally:
+        gc.enable()
 
 
 def test_a_capture_is_seen_on_a_gpu(monkeypatch):
