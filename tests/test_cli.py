@@ -357,14 +357,23 @@ def test_pool_survives_processes_that_die():
 
 
 def seen(unit: str) -> tuple[str, bool]:
-    time.sleep(0.2)  # so that every process gets a unit
+    time.sleep(0.05)
     return f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}", unit != "sick"
 
 
 def test_each_process_sees_one_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    found = [result.split() for _, result in cli_pool.run(seen, ["a", "sick", *"bcdefg"], 4, devices=("5", "7"))]
-    held = dict(found)
+    done, held = set(), {}
+
+    def units():
+        yield from ("a", "sick", "b", "c")
+        while "sick" not in done:  # however late its process begins
+            yield "more"
+        yield "d"
+
+    for unit, result in cli_pool.run(seen, units(), 4, devices=("5", "7")):
+        done.add(unit)
+        held |= [result.split()]
     assert len(held) == 5  # one of four was replaced
     assert sorted(held.values()) in (["5", "5", "5", "7", "7"], ["5", "5", "7", "7", "7"])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,7"
