@@ -26,7 +26,8 @@ def inputs(n):
     """q = 1 and k so that the sums are n, [T] each, in one head; 7 in another."""
     rises = torch.tensor(n, dtype=torch.float64).diff(prepend=torch.zeros(1, dtype=torch.float64))
     keys = torch.stack((rises, torch.tensor([7.0, *(0.0 for _ in n[1:])], dtype=torch.float64)), -1)
-    return torch.ones(1, len(n), 2, 1, dtype=torch.float64), keys[None, ..., None], torch.randn(1, len(n), 2, 3)
+    values = torch.randn(1, len(n), 2, 3, generator=torch.Generator().manual_seed(3))
+    return torch.ones(1, len(n), 2, 1, dtype=torch.float64), keys[None, ..., None], values
 
 
 def at(spec, n, error=1e-3, states=(), options=None):
