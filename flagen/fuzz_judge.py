@@ -4,7 +4,9 @@ A difference is no failure where the right answer itself is not sharp:
 - it moves by half its limit when the values of query, key and value, the initial state and the log decays are changed
   by a rounding of the dtype in which kernels multiply them: no program that rounds could do better. That is so for the
   gradients of maximum(abs(n), 1) where n is 1 but for its rounding, which take one branch or the other, and for a
-  gradient whose terms cancel nearly entirely, as what a normaliser divides out again;
+  gradient whose terms cancel nearly entirely, as what a normaliser divides out again. Where the output itself moves so,
+  the gradients of decay and phase count as not sharp too: kernels take them as running sums of products with what is
+  read, and the errors of these add up;
 - it does not fit its dtype: the right answer, rounded to it, is beyond half the limit. That is so for gradients summed
   over all tokens in float16, which ends at 65504.
 Both are computed from the reference alone, in fp64; what the op returned does not enter. Such trials count as ill.

@@ -263,9 +263,9 @@ def erase_kept(
     return [kinds[x] for x in plan.erase_kept]
 
 
-def block(size: int, triton: Any, least: int = 16) -> int:
+def block(size: int, triton: Any, narrowest: int = 16) -> int:
     """The block of an axis: a power of two that products take."""
-    return max(least, int(triton.next_power_of_2(size)))
+    return max(narrowest, int(triton.next_power_of_2(size)))
 
 
 def least(low: bool) -> int:
