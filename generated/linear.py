@@ -253,7 +253,7 @@ def linear_fwd_kernel(
                 # [BT, BT]
                 b_wt = tl.zeros([BT, BT], dtype=DOT)
                 b_n = tl.zeros([BT], dtype=tl.float32)
-                if n_t > 0 if DOT == tl.bfloat16 else True:
+                if i_lo < BT if DOT == tl.bfloat16 else True:
                     b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
                     b_A = b_s * b_D
                     b_n = tl.sum(b_A, 1)
@@ -589,7 +589,7 @@ def linear_dq_kernel(
         b_er = scale
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             b_dw = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
             b_dw = b_dw * b_rn[:, None] + b_dn[:, None]
 
@@ -750,7 +750,7 @@ def linear_dk_kernel(
         b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             b_dw = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
             b_dw = b_dw * b_rn[None, :] + b_dn[None, :]
 
@@ -903,7 +903,7 @@ def linear_dv_kernel(
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
         # [BT, BT]
         b_wt = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
             b_A = b_s * b_D
             b_wt = (b_A * b_rn[None, :]).to(DOT)

@@ -285,7 +285,7 @@ def mamba2_fwd_kernel(
                 b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
                 # [BT, BT]
                 b_wt = tl.zeros([BT, BT], dtype=DOT)
-                if n_t > 0 if DOT == tl.bfloat16 else True:
+                if i_lo < BT if DOT == tl.bfloat16 else True:
                     m_pair = o_i[:, None] >= o_i[None, :]
                     if gsum is not None:
                         # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
@@ -638,7 +638,7 @@ def mamba2_dq_kernel(
         b_dfq = tl.dot(b_dod.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             b_dw = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
             m_pair = o_i[:, None] >= o_i[None, :]
             if gsum is not None:
@@ -824,7 +824,7 @@ def mamba2_dk_kernel(
         b_dfk = tl.dot(b_vd.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             b_dw = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
             m_pair = o_i[None, :] >= o_i[:, None]
             if gsum is not None:
@@ -1014,7 +1014,7 @@ def mamba2_dv_kernel(
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
         # [BT, BT]
         b_wt = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             m_pair = o_i[None, :] >= o_i[:, None]
             if gsum is not None:
                 # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets

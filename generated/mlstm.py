@@ -494,7 +494,7 @@ def mlstm_fwd_kernel(
                 # [BT, BT]
                 b_wt = tl.zeros([BT, BT], dtype=DOT)
                 b_n = tl.zeros([BT], dtype=tl.float32)
-                if n_t > 0 if DOT == tl.bfloat16 else True:
+                if i_lo < BT if DOT == tl.bfloat16 else True:
                     m_pair = o_i[:, None] >= o_i[None, :]
                     if gsum is not None:
                         # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
@@ -924,7 +924,7 @@ def mlstm_dq_kernel(
         b_er = (b_eq * scale)[:, None]
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             b_dw = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
             b_dw = b_dw * b_rn[:, None] + b_dn[:, None]
             m_pair = o_i[:, None] >= o_i[None, :]
@@ -1148,7 +1148,7 @@ def mlstm_dk_kernel(
         b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             b_dw = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
             b_dw = b_dw * b_rn[None, :] + b_dn[None, :]
             m_pair = o_i[None, :] >= o_i[:, None]
@@ -1369,7 +1369,7 @@ def mlstm_dv_kernel(
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
         # [BT, BT]
         b_wt = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             m_pair = o_i[None, :] >= o_i[:, None]
             if gsum is not None:
                 # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets

@@ -180,7 +180,7 @@ def transnormer_fwd_kernel(
                 b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
                 # [BT, BT]
                 b_wt = tl.zeros([BT, BT], dtype=DOT)
-                if n_t > 0 if DOT == tl.bfloat16 else True:
+                if i_lo < BT if DOT == tl.bfloat16 else True:
                     b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
                     b_A = b_s * b_D
                     b_wt = b_A.to(DOT)
@@ -482,7 +482,7 @@ def transnormer_dq_kernel(
         b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             b_dw = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
 
             b_dA = (b_dw * b_D).to(DOT)
@@ -631,7 +631,7 @@ def transnormer_dk_kernel(
         b_dfk = tl.dot(b_value.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             b_dw = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
 
             b_dA = (b_dw * b_D).to(DOT)
@@ -783,7 +783,7 @@ def transnormer_dv_kernel(
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
         # [BT, BT]
         b_wt = tl.zeros([BT, BT], dtype=DOT)
-        if n_t > 0 if DOT == tl.bfloat16 else True:
+        if i_lo < BT if DOT == tl.bfloat16 else True:
             b_s = tl.dot(b_key.to(DOT), tl.trans(b_query.to(DOT)), input_precision=PRECISION)
             b_A = b_s * b_D
             b_wt = b_A.to(DOT)
