@@ -44,18 +44,21 @@ def render_standalone(plan: Plan) -> str:
 
 def _without_unused(text: str) -> str:
     """Macros set up blocks that not every kernel reads: assignments of a line to a name that its function never names
-    again go."""
+    again go, and branches that had nothing else."""
     found = []
     for part in re.split(r"(?m)^(?=def )", text):
         before = None
         while part != before:
             before = part
             part = _ASSIGNMENT.sub(lambda match, whole=part: _kept(match, whole), part)
+            part = _EMPTY.sub("", part)
         found.append(part)
     return "".join(found)
 
 
 _ASSIGNMENT = re.compile(r"(?m)^ +([a-z]\w*) = .*[^(\[{,]\n")
+# a condition and comments, and no line that stands further in
+_EMPTY = re.compile(r"(?m)^( +)if .*:\n(?:\1 +#.*\n|\n)*(?!\1 |\1else|\1elif|\n)")
 
 
 def _kept(match: re.Match[str], text: str) -> str:
