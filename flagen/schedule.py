@@ -122,14 +122,19 @@ def checkpoint_of(plan: Plan) -> int:
 
     From each of them the gradient of a decay is summed up anew, by token. Errors of such a sum add up in one
     direction; half as many tokens leave half of them to a gradient that is in turn the sum over all tokens, and with a
-    decay per channel, of which each has fewer terms, it takes a quarter. Taylor features in tiles have no decay, and a
+    decay per channel, of which each has fewer terms, it takes an eighth. Taylor features in tiles have no decay, and a
     state is as large as hundreds of tokens' inputs.
     """
     if plan.tiled:
         return CHECKPOINT * 4
-    if not plan.summed:
-        return CHECKPOINT
-    return CHECKPOINT // 2 if plan.sweeps else CHECKPOINT if plan.erase else CHECKPOINT // 4
+    if often(plan):
+        return CHECKPOINT // 8
+    return CHECKPOINT // 2 if plan.summed and plan.sweeps else CHECKPOINT
+
+
+def often(plan: Plan) -> bool:
+    """Whether the gradient of a decay or angle per channel is summed over all tokens, for which chunks are short."""
+    return plan.summed and not plan.sweeps and not plan.erase
 
 
 def schedule(
@@ -242,7 +247,7 @@ def products(plan: Plan, shape: Shape, dtype: torch.dtype, chunk_size: int | Non
     # tiles of 16 gave wrong gradients on Hopper
     BF = max(64, block(-(-F // TILES), triton)) if plan.tiled else block(F, triton, least(low))
     widest = max(2 * BF if plan.complex else BF, shape.V)
-    BT = min(chunk_size, longest(plan, widest, low)) if chunk_size else chunk(plan, BF, low)
+    BT = min(chunk_size or chunk(plan, BF, low), longest(plan, widest, low))
     return low, BT, BF
 
 
@@ -275,14 +280,17 @@ def least(low: bool) -> int:
 
 def chunk(plan: Plan, BF: int, low: bool) -> int:
     """Tokens per chunk: as many as the tiles [BT, BF] leave registers for."""
-    widest = 64 if low and not plan.serial_tree and not plan.turned else 32
+    widest = 64 if low and not plan.serial_tree and not plan.turned and not often(plan) else 32
     return max(16, min(widest, STATE_ELEMENTS // BF))
 
 
 def longest(plan: Plan, widest: int, low: bool) -> int:
     """The most tokens per chunk whose tiles fit shared memory, beside a state of up to `widest` rows or columns."""
+    if plan.turned:  # longer ones take thousands of bytes of stack a thread, and gave wrong gradients on Hopper
+        return 32
     half = plan.serial_tree or plan.tiled or plan.erase or widest > 128
-    return (64 if half else 128) if low else (32 if half else 64)
+    quarter = plan.taylor and widest > 256
+    return (128 if low else 64) // (4 if quarter else 2 if half else 1)
 
 
 def value_block(widest: int, rows: int, elements: int) -> int:

@@ -13,7 +13,7 @@ from cases import ALL
 from flagen import specs, validate
 from flagen.analysis import analyse
 from flagen.errors import SpecError
-from flagen.expr import Input, k, logsigmoid, sigmoid
+from flagen.expr import Input, k, logsigmoid, sigmoid, taylor
 from flagen.plan import make_plan
 from flagen.render import render
 from flagen.schedule import Shape, schedule
@@ -126,3 +126,23 @@ def test_no_block_of_16_bit_operands_is_narrower_than_those_that_are_believed(sp
         assert min(found.BK, found.BV, found.BF, found.fwd.BV, found.bwd.BV, found.rows.BV) >= 64
     exact = schedule(plan, Shape.dense(1, 714, 6, K, V), torch.float32)
     assert triton.next_power_of_2(max(V, 16)) == exact.BV
+
+
+@pytest.mark.parametrize(
+    ("spec", "K", "dtype", "given", "tokens"),
+    [
+        # 325 features of a decayed map of order 2 fill 512 rows, of which a chunk of 32 in fp32 takes 64 KiB
+        (Spec("wide", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h"))), 24, torch.float32, None, 16),
+        (Spec("wide", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h"))), 24, torch.float32, 32, 16),
+        (Spec("wide", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h"))), 24, torch.bfloat16, 64, 32),
+        (specs.get("gateloop"), 60, torch.float32, 64, 32),
+        (specs.get("gateloop"), 60, torch.bfloat16, 128, 32),
+        # a gradient that is a sum over all tokens of sums that begin anew with each chunk
+        (Spec("fixed", log_decay=Input("w", "h k", low=-2, high=0)), 64, torch.bfloat16, None, 32),
+    ],
+)
+def test_chunks_are_as_long_as_tiles_allow(spec, K, dtype, given, tokens):
+    found = schedule(make_plan(analyse(spec)), Shape.dense(2, 714, 6, K, 64), dtype, chunk_size=given)
+    assert tokens == found.fwd.BT and found.LC % tokens == 0
+    if spec.name == "fixed":
+        assert tokens == found.LC
