@@ -316,12 +316,14 @@ def _floor(case: Case, one: Input, gradient: Tensor, rate: float) -> float:
     """The size to compare a gradient with where it is smaller than this, because it is a difference of larger terms.
 
     It is zero at a first token: of a decay exactly, of what a normaliser divides out again but for eps. The terms are
-    of the size of o . do over the input's.
+    of the size of o . do over the input's; of query and key they are vectors of K channels, of which o . do has only
+    the part along the other of the two, one in root K.
     """
     if case.spec.normalizer is not None and one not in gates(case.spec):
         x = case.inputs[case.spec.inputs.index(one)].detach().double()
         rows = x.square().sum(-1) if one.axes[-1] in "kv" else x.square()
-        return rate / float(rows.mean().sqrt()) if x.any() else 0.0
+        along = x.shape[-1] ** -0.5 if one.axes[-1] == "k" else 1.0
+        return rate / (along * float(rows.mean().sqrt())) if x.any() else 0.0
     if not gradient.any():
         return rate
     # a gate's gradient is what is read after a step less what was written after it: pairs on one side of it cancel
