@@ -5,11 +5,14 @@ reference. On a GPU the same command runs the Triton kernels.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import specs
+from . import cli_pool, specs
 from .cli_progress import Progress
 from .errors import FlagenError
 
@@ -52,6 +55,8 @@ def demo(arguments: argparse.Namespace) -> int:
     print("errors: relative RMS against the recurrence, token by token in fp64; worst of all gradients\n")
     print(f"{'spec':14} {'compile':>8} {'forward':>9} {'backward':>9}   {'output':>7} {'limit':>6}   gradient (limit)")
     chosen = [*specs.names(), my_attention]
+    if on_gpu:
+        compile_ahead(chosen, device, dtype, tokens)
     results: list[Result] = []
     op: Any = None
     with Progress(len(chosen), "running") as bar:
@@ -64,6 +69,29 @@ def demo(arguments: argparse.Namespace) -> int:
             print(line(op.spec.name, results[-1]), flush=True)
             bar.step()
     return _close(results, op)
+
+
+def compile_ahead(chosen: Sequence[Any], device: Any, dtype: Any, tokens: int) -> None:
+    """Runs them once in several processes, since compiling is all that takes long: Triton's cache keeps the kernels."""
+    units = [(one if isinstance(one, str) else one.to_json(), str(device), dtype, tokens) for one in chosen]
+    jobs = min(len(units), cli_pool.most_jobs(()))
+    with Progress(len(units), "compiling") as bar:
+        for _ in cli_pool.run(_compile_one, units, jobs):
+            bar.step()
+
+
+def _compile_one(unit: tuple[str, str, Any, int]) -> tuple[None, bool]:
+    import torch
+
+    import flagen
+
+    text, device, dtype, tokens = unit
+    # what is wrong is seen when it runs again
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = text if text in specs.names() else flagen.Spec.from_json(text)
+        run(flagen.compile(one), 0.0, torch.device(device), dtype, tokens)
+    return None, True
 
 
 def run(op: Op, compiled: float, device: Any, dtype: Any, tokens: int) -> Result:

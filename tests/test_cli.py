@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import flagen
 from flagen import cli_cache, cli_check, cli_pool, cli_progress, cli_regen, demo, specs
@@ -457,6 +458,14 @@ def test_demo(capsys):
     names = [*specs.names(), "my_attention"]
     assert [line.split()[0] for line in out.splitlines() if line.split()[:1] and line.split()[0] in names] == names
     assert f"{len(names)} of {len(names)} specs agree" in out
+
+
+def test_demo_compiles_in_other_processes_before(tmp_path, monkeypatch):
+    """Where there is a GPU. What is wrong is left to the demo itself."""
+    monkeypatch.setenv("FLAGEN_CACHE_DIR", str(tmp_path / "cache"))
+    demo.compile_ahead([Spec("ahead", log_decay=-0.1), "hgrn"], "cpu", torch.float32, 20)
+    assert {path.name.partition("-")[0] for path in (tmp_path / "cache" / "v1").iterdir()} >= {"ahead", "hgrn"}
+    demo.compile_ahead(["hgrn"], "no such device", torch.float32, 20)
 
 
 @pytest.mark.gpu
