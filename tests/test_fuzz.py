@@ -10,6 +10,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from random_specs import found_trials
 
 import flagen
-from flagen import cli_fuzz, fuzz_exprs, fuzz_hunt, fuzz_judge, specs, testing
+from flagen import cli_fuzz, compiler, fuzz_exprs, fuzz_hunt, fuzz_judge, specs, testing
 from flagen.__main__ import main, parser
 from flagen.errors import FlagenError
 from flagen.expr import (
@@ -619,6 +621,20 @@ def test_what_is_known_is_printed_when_it_is_interrupted(monkeypatch, capsys):
 
 
 FOUND = found_trials()
+
+
+@pytest.mark.filterwarnings("ignore::flagen.spec.SpecWarning")
+def test_modules_name_nothing_that_is_not_there(tmp_path):
+    """Kernels of specs at random, which no test here compiles, and of those found before."""
+    chosen = {trial.spec.to_json(): trial.spec for trial in (*FOUND.values(), *drawn(120, "cuda"))}
+    for i, spec in enumerate(chosen.values()):
+        (tmp_path / f"drawn_{i}.py").write_text(compiler.prepare(spec)[1].source, encoding="utf-8")
+    rules = ["--select", "E9,F", "--ignore", "E501"]
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", *rules, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and len(chosen) > 60, done.stdout
+
+
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 

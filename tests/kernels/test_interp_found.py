@@ -15,6 +15,8 @@ NAMES = (
     "an input of query and value", "an angle per channel", "a decay per channel beside angles",
     "a decay per channel in fp32", "an angle whose gradient nobody asks for", "a normaliser that cancels",
     "l2norm of an input as it is", "bf16 values beside fp32 keys", "bf16 values beside fp16 keys",
+    "a decay per channel in long chunks beside angles", "a bonus of constants", "an empty sequence",
+    "a bonus of constants beside a normaliser",
 )  # fmt: skip
 FOUND = found_trials()
 
