@@ -288,7 +288,7 @@ def longest(plan: Plan, widest: int, low: bool) -> int:
     """The most tokens per chunk whose tiles fit shared memory, beside a state of up to `widest` rows or columns."""
     if plan.turned:  # longer ones take thousands of bytes of stack a thread, and gave wrong gradients on Hopper
         return 32
-    half = plan.serial_tree or plan.tiled or plan.erase or widest > 128
+    half = plan.serial_tree or plan.taylor or plan.erase or widest > 128
     quarter = plan.taylor and widest > 256
     return (128 if low else 64) // (4 if quarter else 2 if half else 1)
 

@@ -135,6 +135,7 @@ def test_no_block_of_16_bit_operands_is_narrower_than_those_that_are_believed(sp
         (Spec("wide", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h"))), 24, torch.float32, None, 16),
         (Spec("wide", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h"))), 24, torch.float32, 32, 16),
         (Spec("wide", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h"))), 24, torch.bfloat16, 64, 32),
+        (Spec("narrow", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h"))), 5, torch.float32, 64, 32),
         (specs.get("gateloop"), 60, torch.float32, 64, 32),
         (specs.get("gateloop"), 60, torch.bfloat16, 128, 32),
         # a gradient that is a sum over all tokens of sums that begin anew with each chunk
