@@ -52,11 +52,12 @@ def demo(arguments: argparse.Namespace) -> int:
     where = f"Triton kernels on {torch.cuda.get_device_name(device)}" if on_gpu else "the torch backend on the CPU"
     shape = " ".join(f"{axis}={size}" for axis, size in SIZES.items())
     print(f"{where}, {str(dtype).removeprefix('torch.')}, T={tokens} {shape} (K={TAYLOR_K} with a Taylor map)")
-    print("errors: relative RMS against the recurrence, token by token in fp64; worst of all gradients\n")
-    print(f"{'spec':14} {'compile':>8} {'forward':>9} {'backward':>9}   {'output':>7} {'limit':>6}   gradient (limit)")
+    print("errors: relative RMS against the recurrence, token by token in fp64; worst of all gradients")
     chosen = [*specs.names(), my_attention]
     if on_gpu:
         compile_ahead(chosen, device, dtype, tokens)
+    print()
+    print(f"{'spec':14} {'compile':>8} {'forward':>9} {'backward':>9}   {'output':>7} {'limit':>6}   gradient (limit)")
     results: list[Result] = []
     op: Any = None
     with Progress(len(chosen), "running") as bar:
@@ -74,10 +75,11 @@ def demo(arguments: argparse.Namespace) -> int:
 def compile_ahead(chosen: Sequence[Any], device: Any, dtype: Any, tokens: int) -> None:
     """Runs them once in several processes, since compiling is all that takes long: Triton's cache keeps the kernels."""
     units = [(one if isinstance(one, str) else one.to_json(), str(device), dtype, tokens) for one in chosen]
-    jobs = min(len(units), cli_pool.most_jobs(()))
+    jobs, began = min(len(units), cli_pool.most_jobs(())), time.perf_counter()
     with Progress(len(units), "compiling") as bar:
         for _ in cli_pool.run(_compile_one, units, jobs):
             bar.step()
+    print(f"kernels compiled in {time.perf_counter() - began:.0f} s by {jobs} processes; below they are in the caches")
 
 
 def _compile_one(unit: tuple[str, str, Any, int]) -> tuple[None, bool]:
