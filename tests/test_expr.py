@@ -223,11 +223,14 @@ def test_faults_have_a_caret(text, column, message):
     ids=lambda text: text[:12],
 )
 def test_hostile_text_is_refused_at_once(text):
-    start = time.process_time()
-    with pytest.raises(SpecError) as caught:
-        parse(text, LEAVES)
-    assert time.process_time() - start < 0.1
-    assert len(str(caught.value)) < 600
+    times = []
+    for _ in range(3):  # the garbage collector may come into one
+        start = time.process_time()
+        with pytest.raises(SpecError) as caught:
+            parse(text, LEAVES)
+        times.append(time.process_time() - start)
+        assert len(str(caught.value)) < 600
+    assert min(times) < 0.1
 
 
 def test_a_fault_far_into_long_text_stays_readable():

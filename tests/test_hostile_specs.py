@@ -37,7 +37,7 @@ from flagen.validate import check_argument_name
 
 pytestmark = pytest.mark.filterwarnings("ignore::flagen.spec.SpecWarning")
 gs = Input("gs", "b t h")
-LIMIT = 0.5  # seconds of this process for what takes a few milliseconds: a garbage collection may come between
+LIMIT = 2.0  # seconds of this process for what takes a few milliseconds: a garbage collection may come between
 
 
 def refused(declare: Callable[[], Any]) -> str:

@@ -325,7 +325,7 @@ def test_shared_subtrees_cannot_make_an_expression_explode():
         )
     with pytest.raises(SpecError, match="nested more than"):
         Spec("s", log_decay=deep)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 2
 
 
 # --- text
@@ -476,11 +476,14 @@ def test_json_keeps_every_field():
     ids=lambda value: str(value)[:40].replace("\0", ""),
 )
 def test_bad_json_is_refused_at_once(text, message):
-    start = time.process_time()
-    with pytest.raises(SpecError, match=message) as caught:
-        Spec.from_json(text)
-    assert len(str(caught.value)) < 700
-    assert time.process_time() - start < 0.1
+    times = []
+    for _ in range(3):  # the garbage collector may come into one
+        start = time.process_time()
+        with pytest.raises(SpecError, match=message) as caught:
+            Spec.from_json(text)
+        times.append(time.process_time() - start)
+        assert len(str(caught.value)) < 700
+    assert min(times) < 0.1
 
 
 def test_json_reports_a_caret():
