@@ -3,10 +3,10 @@
 import copy
 import json
 import pickle
-import time
 import warnings
 
 import pytest
+from timing import within
 
 from flagen import specs
 from flagen.errors import SpecError
@@ -312,20 +312,19 @@ def test_shared_subtrees_cannot_make_an_expression_explode():
     deep = g
     for _ in range(100_000):
         deep = -deep
-    start = time.process_time()
-    with pytest.raises(SpecError, match="more than 500 nodes"):
-        Spec("s", log_decay=tree)
-    with pytest.raises(SpecError, match="nested more than 60 deep"):
-        Spec("s", feature_map=lambda x: sum([x] * 400, x))
-    with pytest.raises(SpecError, match="s: query has more than 500 nodes"):
-        Spec(
-            "s",
-            query=q + q + q,
-            feature_map=lambda x: ((x + x) * (x - x)) ** 2 * exp(x * x * x) - sum([x] * 50, x) * sum([x] * 50, x),
-        )
-    with pytest.raises(SpecError, match="nested more than"):
-        Spec("s", log_decay=deep)
-    assert time.process_time() - start < 2
+    with within(1):
+        with pytest.raises(SpecError, match="more than 500 nodes"):
+            Spec("s", log_decay=tree)
+        with pytest.raises(SpecError, match="nested more than 60 deep"):
+            Spec("s", feature_map=lambda x: sum([x] * 400, x))
+        with pytest.raises(SpecError, match="s: query has more than 500 nodes"):
+            Spec(
+                "s",
+                query=q + q + q,
+                feature_map=lambda x: ((x + x) * (x - x)) ** 2 * exp(x * x * x) - sum([x] * 50, x) * sum([x] * 50, x),
+            )
+        with pytest.raises(SpecError, match="nested more than"):
+            Spec("s", log_decay=deep)
 
 
 # --- text
@@ -476,14 +475,9 @@ def test_json_keeps_every_field():
     ids=lambda value: str(value)[:40].replace("\0", ""),
 )
 def test_bad_json_is_refused_at_once(text, message):
-    times = []
-    for _ in range(3):  # the garbage collector may come into one
-        start = time.process_time()
-        with pytest.raises(SpecError, match=message) as caught:
-            Spec.from_json(text)
-        times.append(time.process_time() - start)
-        assert len(str(caught.value)) < 700
-    assert min(times) < 0.1
+    with within(0.1), pytest.raises(SpecError, match=message) as caught:
+        Spec.from_json(text)
+    assert len(str(caught.value)) < 700
 
 
 def test_json_reports_a_caret():
