@@ -280,7 +280,7 @@ def least(low: bool) -> int:
 
 def chunk(plan: Plan, BF: int, low: bool) -> int:
     """Tokens per chunk: as many as the tiles [BT, BF] leave registers for."""
-    widest = 64 if low and not plan.serial_tree and not plan.turned and not often(plan) else 32
+    widest = 64 if low and not plan.serial_tree and not often(plan) else 32
     return max(16, min(widest, STATE_ELEMENTS // BF))
 
 

@@ -128,14 +128,17 @@ def test_no_block_of_16_bit_operands_is_narrower_than_those_that_are_believed(sp
     assert triton.next_power_of_2(max(V, 16)) == exact.BV
 
 
+TAYLOR = Spec("features", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h")))
+
+
 @pytest.mark.parametrize(
     ("spec", "K", "dtype", "given", "tokens"),
     [
         # 325 features of a decayed map of order 2 fill 512 rows, of which a chunk of 32 in fp32 takes 64 KiB
-        (Spec("wide", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h"))), 24, torch.float32, None, 16),
-        (Spec("wide", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h"))), 24, torch.float32, 32, 16),
-        (Spec("wide", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h"))), 24, torch.bfloat16, 64, 32),
-        (Spec("narrow", feature_map=taylor(2), log_decay=logsigmoid(Input("g", "b t h"))), 5, torch.float32, 64, 32),
+        (TAYLOR, 24, torch.float32, None, 16),
+        (TAYLOR, 24, torch.float32, 32, 16),
+        (TAYLOR, 24, torch.bfloat16, 64, 32),
+        (TAYLOR, 5, torch.float32, 64, 32),
         (specs.get("gateloop"), 60, torch.float32, 64, 32),
         (specs.get("gateloop"), 60, torch.bfloat16, 128, 32),
         # a gradient that is a sum over all tokens of sums that begin anew with each chunk
