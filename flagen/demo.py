@@ -18,6 +18,7 @@ from .errors import FlagenError
 
 if TYPE_CHECKING:
     from .op import Op
+    from .spec import Spec
     from .testing import Report
 
 TOKENS = 4096
@@ -53,7 +54,7 @@ def demo(arguments: argparse.Namespace) -> int:
     shape = " ".join(f"{axis}={size}" for axis, size in SIZES.items())
     print(f"{where}, {str(dtype).removeprefix('torch.')}, T={tokens} {shape} (K={TAYLOR_K} with a Taylor map)")
     print("errors: relative RMS against the recurrence, token by token in fp64; worst of all gradients")
-    chosen = [*specs.names(), my_attention]
+    chosen = [*map(specs.get, specs.names()), my_attention]
     if on_gpu:
         compile_ahead(chosen, device, dtype, tokens)
     print()
@@ -62,7 +63,7 @@ def demo(arguments: argparse.Namespace) -> int:
     op: Any = None
     with Progress(len(chosen), "running") as bar:
         for one in chosen:
-            bar.step(str(getattr(one, "name", one)), advance=0)
+            bar.step(one.name, advance=0)
             began = time.perf_counter()
             op = flagen.compile(one)
             results.append(run(op, time.perf_counter() - began, device, dtype, tokens))
@@ -72,9 +73,9 @@ def demo(arguments: argparse.Namespace) -> int:
     return _close(results, op)
 
 
-def compile_ahead(chosen: Sequence[Any], device: Any, dtype: Any, tokens: int) -> None:
+def compile_ahead(chosen: Sequence[Spec], device: Any, dtype: Any, tokens: int) -> None:
     """Runs them once in several processes, since compiling is all that takes long: Triton's cache keeps the kernels."""
-    units = [(one if isinstance(one, str) else one.to_json(), str(device), dtype, tokens) for one in chosen]
+    units = [(one.to_json(), str(device), dtype, tokens) for one in chosen]
     jobs, began = min(len(units), cli_pool.most_jobs(())), time.perf_counter()
     with Progress(len(units), "compiling") as bar:
         for _ in cli_pool.run(_compile_one, units, jobs):
@@ -91,8 +92,7 @@ def _compile_one(unit: tuple[str, str, Any, int]) -> tuple[None, bool]:
     # what is wrong is seen when it runs again
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        one = text if text in specs.names() else flagen.Spec.from_json(text)
-        run(flagen.compile(one), 0.0, torch.device(device), dtype, tokens)
+        run(flagen.compile(flagen.Spec.from_json(text)), 0.0, torch.device(device), dtype, tokens)
     return None, True
 
 

@@ -463,9 +463,9 @@ def test_demo(capsys):
 def test_demo_compiles_in_other_processes_before(tmp_path, monkeypatch, capsys):
     """Where there is a GPU. What is wrong is left to the demo itself."""
     monkeypatch.setenv("FLAGEN_CACHE_DIR", str(tmp_path / "cache"))
-    demo.compile_ahead([Spec("ahead", log_decay=-0.1), "hgrn"], "cpu", torch.float32, 20)
+    demo.compile_ahead([Spec("ahead", log_decay=-0.1), specs.get("hgrn")], "cpu", torch.float32, 20)
     assert {path.name.partition("-")[0] for path in (tmp_path / "cache" / "v1").iterdir()} >= {"ahead", "hgrn"}
-    demo.compile_ahead(["hgrn"], "no such device", torch.float32, 20)
+    demo.compile_ahead([specs.get("hgrn")], "no such device", torch.float32, 20)
     first, second = capsys.readouterr().out.splitlines()
     assert "s by 1 processes" in second and first.startswith("kernels compiled in ")
 
