@@ -1,7 +1,9 @@
 """Compiles what a benchmark will launch, in several processes, before anything is timed.
 
 The launchers run on tensors without data (cost_launch.py), and each launch compiles its kernel for the device that is
-here, without running it; Triton keeps the result on disk, where the timing process finds it.
+here, without running it; Triton keeps the result on disk, where the timing process finds it. A peer is called once, on
+a short sequence: what it compiles lies on disk, what it chooses among that while the GPU is busy is forgotten with the
+process.
 """
 
 from __future__ import annotations
@@ -18,6 +20,46 @@ class Unit(NamedTuple):
     sizes: tuple[int, ...]
     dtype: str
     device: str
+
+
+class PeerUnit(NamedTuple):
+    """One function of a library of peers, for a shipped spec."""
+
+    library: str
+    spec: str
+    call: str
+    sizes: tuple[int, ...]
+    dtype: str
+    device: str
+
+
+SHORT = 2048  # tokens, for a peer
+
+
+def warm(unit: Unit | PeerUnit) -> tuple[Any, bool]:
+    """What a process does with a unit of either kind."""
+    return compile_unit(unit) if isinstance(unit, Unit) else call_peer(unit)
+
+
+def call_peer(unit: PeerUnit) -> tuple[Any, bool]:
+    """1, or why the call failed; and whether the process can go on."""
+    import torch
+
+    from . import peers
+    from .schedule import Shape
+
+    B, T, H, K, V = unit.sizes
+    shape = Shape.dense(B, min(T, SHORT), H, K, V)
+    try:
+        make = peers.calls(unit.library, unit.spec)[unit.call]
+        inputs, call = make(shape, getattr(torch, unit.dtype), unit.device)
+        output = call()
+        torch.autograd.grad(output, inputs, torch.randn_like(output))
+        if unit.device.startswith("cuda"):
+            torch.cuda.synchronize()
+    except Exception as error:  # the timing itself will show it
+        return f"{type(error).__name__}: {error}", not isinstance(error, RuntimeError)
+    return 1, True
 
 
 def compile_unit(unit: Unit) -> tuple[Any, bool]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import bench_check, bench_child, bench_measure, cli_pool, cost, peers
 from .bench import Case, Row, case_of, fitted, nbytes, provenance
-from .bench_compile import Unit, compile_unit
+from .bench_compile import PeerUnit, Unit, warm
 from .compiler import compile
 from .errors import FlagenError
 from .samples import make_scalars
@@ -229,14 +229,23 @@ class Runner:
 
     def _compile(self, specs: list[Spec], shapes: dict[str, Shape]) -> None:
         settings = self.settings
-        if settings.jobs < 2 or not settings.on_gpu or settings.backend == "torch":
+        if settings.jobs < 2 or not settings.on_gpu:
             return
-        sizes = {(spec.to_json(), fitted(spec, shape)[:5]) for spec in specs for shape in shapes.values()}
-        units = [Unit(text, size, DTYPES[settings.dtype], settings.device) for text, size in sorted(sizes)]
+        pairs = [(spec, fitted(spec, shape)[:5]) for spec in specs for shape in shapes.values()]
+        last = DTYPES[settings.dtype], settings.device
+        units: list[Unit | PeerUnit] = [
+            PeerUnit(library, name, call, size, *last)
+            for library in settings.against
+            # a peer compiles anew for other heads and channels, not for other lengths
+            for (name, _), size in {(spec.name, size[2:]): size for spec, size in pairs if size[1] > 1}.items()
+            for call in peers.calls(library, name)
+        ]
+        if settings.backend != "torch":
+            units += [Unit(text, size, *last) for text, size in sorted({(x.to_json(), size) for x, size in pairs})]
         self.say(f"compiling {len(units)} calls in {settings.jobs} processes")
-        for unit, found in cli_pool.run(compile_unit, units, settings.jobs):
+        for unit, found in cli_pool.run(warm, units, settings.jobs):
             if not isinstance(found, int):
-                self.say(f"compiling {unit.sizes}: {found or 'the process died'}")
+                self.say(f"compiling {unit.sizes}: {_line(found or 'the process died')}")
 
     def _right(self, op: Op, name: str, shape: Shape) -> bool:
         """Whether a small call at these head sizes is right; if not, nothing is timed."""
@@ -306,7 +315,7 @@ def _replaced(row: Row, **changes: Any) -> Row:
     return dataclasses.replace(row, **changes)
 
 
-def _line(error: BaseException) -> str:
+def _line(error: object) -> str:
     """The first line of a message, not too long."""
     return (str(error).strip().splitlines() or [""])[0][:200]
 

@@ -19,6 +19,7 @@ from flagen import (
     bench,
     bench_check,
     bench_child,
+    bench_compile,
     bench_measure,
     bench_report,
     bench_run,
@@ -422,7 +423,8 @@ def test_peers_are_called_with_what_they_take(monkeypatch):
 
     ops = types.ModuleType("fla.ops")
     for name in ("chunk_retention", "chunk_lightning_attn", "chunk_linear_attn", "chunk_simple_gla", "chunk_gla",
-                 "chunk_rwkv6"):  # fmt: skip
+                 "chunk_rwkv6", "chunk_delta_rule", "chunk_gated_delta_rule", "chunk_kda", "chunk_rwkv7",
+                 "chunk_comba"):  # fmt: skip
         setattr(ops, name, stand_in(name, True))
     for name in ("parallel_based", "fused_chunk_based"):
         setattr(ops, name, stand_in(name, False))
@@ -440,7 +442,10 @@ def test_peers_are_called_with_what_they_take(monkeypatch):
             assert all(x.is_leaf and x.requires_grad for x in inputs)
             assert len(case.both(torch.ones_like(o))) == len(inputs)
     assert {name for name, _, _ in called} == set(vars(ops)) & {name for name, _, _ in called}
-    assert len({name for name, _, _ in called}) == 8
+    assert len({name for name, _, _ in called}) == 13
+    assert {name for name, _, options in called if options == {"use_qk_l2norm_in_kernel": True}} == {
+        "chunk_delta_rule", "chunk_gated_delta_rule", "chunk_kda", "chunk_comba",
+    }  # fmt: skip
     counts = {name: count for name, count, _ in called}
     assert (counts["chunk_gla"], counts["chunk_rwkv6"], counts["chunk_simple_gla"]) == (4, 5, 4)
     monkeypatch.delitem(sys.modules, "flagen.peers.fla")
@@ -454,7 +459,7 @@ def test_every_spec_with_a_peer_is_shipped():
     (table,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == "_TABLE"]
     named = [key.value for key in table.keys]
     assert set(named) <= set(specs.names())
-    assert len(named) == 9
+    assert len(named) == 14
 
 
 # --- what only a GPU has, with stand-ins for it
@@ -574,6 +579,41 @@ def test_kernels_are_compiled_before_in_processes(pretended, monkeypatch):
     ]  # fmt: skip
     assert any("no driver" in one for one in said)
     assert any("the process died" in one for one in said)
+
+
+def test_peers_are_called_before_in_processes(pretended, monkeypatch):
+    """Once for each number of heads and channels, on a short sequence, forward and backward."""
+    asked, tokens = [], []
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v):
+            tokens.append(v.shape[1])
+            return v * 2
+
+        @staticmethod
+        def backward(ctx, do):
+            tokens.append(do.shape[1])
+            return do * 2
+
+    def make(shape, dtype, device):
+        v = torch.zeros(*shape[:3], shape.V, dtype=dtype, requires_grad=True)
+        return (v,), lambda: Product.apply(v)
+
+    monkeypatch.setattr(peers, "calls", lambda library, spec: {"chunk": make} if spec == "gla" else {})
+    monkeypatch.setattr(bench_run.cli_pool, "run", lambda work, units, jobs: iter([(x, work(x)[0]) for x in units]))
+    monkeypatch.setattr(bench_compile, "compile_unit", lambda unit: (1, True))
+    made, _ = runner((), jobs=3, against=("fla",))
+    made.say = asked.append
+    sizes = ((1, 9000, 3, 16, 16), (2, 100, 3, 16, 16), (1, 70, 5, 16, 16), (9, 1, 3, 16, 16))
+    made.run([specs.get("gla"), specs.get("based")], {str(x): Shape.dense(*x) for x in sizes})
+    assert tokens == [100, 100, 70, 70]
+    assert not [one for one in asked if one.startswith("compiling (")]
+    unit = bench_compile.PeerUnit("fla", "gla", "chunk", sizes[0], "float32", "cpu")
+    assert bench_compile.warm(unit) == (1, True)
+    assert tokens[-1] == bench_compile.SHORT
+    monkeypatch.setattr(peers, "calls", lambda library, spec: {})
+    assert bench_compile.warm(unit) == ("KeyError: 'chunk'", True)
 
 
 # --- on a GPU

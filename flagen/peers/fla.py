@@ -12,7 +12,7 @@ os.environ.setdefault("FLA_CACHE_RESULTS", "0")  # its choices of another day, m
 import torch
 from fla import ops  # type: ignore[import-not-found]
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, normalize
 
 if TYPE_CHECKING:
     from ..schedule import Shape
@@ -54,14 +54,28 @@ class _Inputs:
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.normal(self.shape.K), self.normal(self.shape.K), self.normal(self.shape.V)
 
-    def gate(self, divisor: float) -> Tensor:
+    def gate(self, divisor: float, dtype: torch.dtype | None = None) -> Tensor:
         """A log decay for each key channel."""
         gate = logsigmoid(self.normal(self.shape.K).detach().float()) / divisor
-        return gate.to(self.dtype).requires_grad_()
+        return gate.to(dtype or self.dtype).requires_grad_()
 
     def scalar_gate(self) -> Tensor:
         B, T, H = self.shape[:3]
         return (logsigmoid(torch.randn(B, T, H, device=self.device)) / 16).requires_grad_()
+
+    def unit_interval(self) -> Tensor:
+        """A number from 0 to 1 a token and head."""
+        B, T, H = self.shape[:3]
+        return torch.rand(B, T, H, dtype=self.dtype, device=self.device).requires_grad_()
+
+    def erasing(self) -> tuple[Tensor, ...]:
+        """r, w, k, v, and a, b of what a token erases: -kappa and kappa times a number from 0 to 1 a channel."""
+        r, k, v = self.qkv()
+        w = -0.6 * torch.sigmoid(self.normal(self.shape.K).detach().float())
+        kappa = normalize(self.normal(self.shape.K).detach().float(), dim=-1)
+        given = (w, -kappa, kappa * torch.rand_like(kappa))
+        w, a, b = (x.to(self.dtype).requires_grad_() for x in given)
+        return r, w, k, v, a, b
 
     def bonus(self) -> Tensor:
         return torch.randn(self.shape.H, self.shape.K, dtype=self.dtype, device=self.device).requires_grad_()
@@ -111,6 +125,11 @@ def _channelwise(name: str) -> Callable[..., Any]:
     return make
 
 
+def _delta(name: str, gates: Callable[[_Inputs], tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """Of the delta rule; q and k get their unit norm inside of the call, as the specs have it."""
+    return _call(name, lambda x: (*x.qkv(), *gates(x), x.unit_interval()), use_qk_l2norm_in_kernel=True)
+
+
 _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "retnet": {"chunk_retention": _call("chunk_retention", lambda x: x.qkv())},
     "transnormer": {
@@ -129,4 +148,10 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "parallel_based": _parallel("parallel_based"),
         "fused_chunk_based": _call("fused_chunk_based", lambda x: x.qkv()),
     },
+    "delta_net": {"chunk_delta_rule": _delta("chunk_delta_rule", lambda x: ())},
+    "gated_delta_net": {"chunk_gated_delta_rule": _delta("chunk_gated_delta_rule", lambda x: (x.scalar_gate(),))},
+    "kda": {"chunk_kda": _delta("chunk_kda", lambda x: (x.gate(16.0, torch.float32),))},
+    "rwkv7": {"chunk_rwkv7": _call("chunk_rwkv7", lambda x: x.erasing())},
+    # the key that is erased with and the query less a part of the key are made outside
+    "comba": {"chunk_comba": _delta("chunk_comba", lambda x: (x.normal(x.shape.K), x.scalar_gate()))},
 }
