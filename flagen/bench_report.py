@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .bench import FIELDS, Row
+from .bench_shapes import GROUPS
 from .errors import FlagenError
 
 HEADER = (
     f"{'spec':16} {'shape':18} {'what':14} {'by':24} {'value':>10} {'':3} {'floor':>9} {'share':>6} {'predicted':>9} "
     f"{'':5}  note"
 )
+SOFTMAX = "softmax"  # the spec of rows that belong to none
 _TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 
 
@@ -103,6 +105,27 @@ def speedups(rows: Sequence[Row], what: str = "fwd+bwd") -> list[tuple[str, str,
         logs = [math.log(one.value / own[place]) for place, one in best.items()]
         found.append((spec, library, math.exp(sum(logs) / len(logs)), tuple(one.shape for one in best.values())))
     return found
+
+
+def markdown(rows: Sequence[Row], shapes: Sequence[str] = GROUPS["large"]) -> list[str]:
+    """A table of flagen's times, forward / forward and backward, each with its share of the floor, and of its speed
+    against the peers; a line for each spec."""
+    own = {(one.spec, one.shape, one.what): one for one in rows if one.library == "flagen"}
+    libraries = list(dict.fromkeys(one.library for one in rows if one.library != "flagen" and one.spec != SOFTMAX))
+    factors = {(spec, library): f"{factor:.1f}x" for spec, library, factor, _ in speedups(rows)}
+
+    def cell(spec: str, shape: str) -> str:
+        found = [own.get((spec, shape, what)) for what in ("fwd", "fwd+bwd")]
+        return " / ".join(
+            "-" if one is None or math.isnan(one.value) else f"{one.value:.3g} ({one.share:.0%})" for one in found
+        )
+
+    titles = ("spec", *shapes, *(f"against {library}" for library in libraries))
+    lines = [titles, ("---",) * len(titles)]
+    for spec in dict.fromkeys(spec for spec, shape, _ in own if shape in shapes):
+        others = (factors.get((spec, library), "-") for library in libraries)
+        lines.append((f"`{spec}`", *(cell(spec, shape) for shape in shapes), *others))
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def summary(rows: Sequence[Row]) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import bench_check, bench_child, bench_measure, cli_pool, cost, peers
 from .bench import Case, Row, case_of, fitted, nbytes, provenance
 from .bench_compile import PeerUnit, Unit, warm
+from .bench_report import SOFTMAX
 from .compiler import compile
 from .errors import FlagenError
 from .samples import make_scalars
@@ -32,7 +33,6 @@ CALLS = ("fwd", "fwd+bwd", "memory", "graph")
 STARTS = ("cold", "warm")
 START_SECONDS = 900.0  # for a new process
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-SOFTMAX = "softmax"  # the spec of rows that belong to none
 
 
 class Broken(FlagenError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import specs
 from .bench import Row, shapes_of
-from .bench_report import append, latest, read, summary, table
+from .bench_report import append, latest, markdown, read, summary, table
 from .cli_spec import find_spec
 from .errors import FlagenError
 from .spec import Spec
@@ -22,6 +22,9 @@ ROWS = "rows.csv"
 def bench(arguments: argparse.Namespace) -> int:
     """Status 1 if anything that was timed is wrong, or if there is no figure at all."""
     folder = Path(arguments.out or "benchmarks/results")
+    if arguments.markdown:
+        print("\n".join(markdown(latest(read(arguments.markdown)))))
+        return 0
     if arguments.plot:
         rows = latest(read(arguments.plot))
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ def add_arguments(bench: argparse.ArgumentParser, spec_help: str) -> None:
     bench.add_argument("--time-limit", type=_above_zero, metavar="SECONDS", help="begin nothing after so long")
     bench.add_argument("--out", metavar="DIR", help="where rows.csv and the pictures go (default: benchmarks/results)")
     bench.add_argument("--plot", nargs="+", metavar="CSV", help="run nothing; the table and pictures of stored rows")
+    bench.add_argument("--markdown", nargs="+", metavar="CSV", help="run nothing; the README's table of stored rows")
 
 
 def add_tune_arguments(tune: argparse.ArgumentParser, spec_help: str) -> None:

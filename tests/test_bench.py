@@ -372,6 +372,21 @@ def test_speed_against_a_peer_is_that_of_its_best():
     assert bench_report.speedups(rows) == [("x", "fla", pytest.approx(4.0), ("a", "b"))]
 
 
+def test_a_table_for_the_readme(capsys, tmp_path):
+    rows = [dataclasses.replace(ROW, what="fwd+bwd", value=4.0, floor=1.0), ROW,
+            dataclasses.replace(ROW, library="fla", op="chunk", what="fwd+bwd", value=10.0),
+            dataclasses.replace(ROW, shape="mid", value=math.nan), dataclasses.replace(ROW, shape="lone", spec="kda"),
+            dataclasses.replace(ROW, library="sdpa", spec=bench_report.SOFTMAX)]  # fmt: skip
+    for one in rows:
+        bench_report.append(tmp_path / "rows.csv", one)
+    assert main(["bench", "--markdown", str(tmp_path / "rows.csv")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| spec | wide8k | long16k | mid | against fla |",
+        "| --- | --- | --- | --- | --- |",
+        "| `gla` | 2 (25%) / 4 (25%) | - / - | - / - | 2.5x |",
+    ]
+
+
 # --- options and peers
 
 
