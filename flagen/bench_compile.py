@@ -8,6 +8,8 @@ process.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .spec import Spec
@@ -36,6 +38,24 @@ class PeerUnit(NamedTuple):
 SHORT = 2048  # tokens, for a peer
 
 
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """Kernels with candidates, of which the quickest is to be chosen, run each of them once, which compiles it. To time
+    them beside other processes would take minutes and tell nothing."""
+    import triton.testing
+
+    def once(run: Callable[[], Any], quantiles: Sequence[float] = (), **_: Any) -> list[float]:
+        run()
+        return [1.0] * len(quantiles)
+
+    timing = triton.testing.do_bench
+    triton.testing.do_bench = once
+    try:
+        yield
+    finally:
+        triton.testing.do_bench = timing
+
+
 def warm(unit: Unit | PeerUnit) -> tuple[Any, bool]:
     """What a process does with a unit of either kind."""
     return compile_unit(unit) if isinstance(unit, Unit) else call_peer(unit)
@@ -53,8 +73,9 @@ def call_peer(unit: PeerUnit) -> tuple[Any, bool]:
     try:
         make = peers.calls(unit.library, unit.spec)[unit.call]
         inputs, call = make(shape, getattr(torch, unit.dtype), unit.device)
-        output = call()
-        torch.autograd.grad(output, inputs, torch.randn_like(output))
+        with untuned():
+            output = call()
+            torch.autograd.grad(output, inputs, torch.randn_like(output))
         if unit.device.startswith("cuda"):
             torch.cuda.synchronize()
     except Exception as error:  # the timing itself will show it

@@ -598,12 +598,15 @@ def test_kernels_are_compiled_before_in_processes(pretended, monkeypatch):
 
 def test_peers_are_called_before_in_processes(pretended, monkeypatch):
     """Once for each number of heads and channels, on a short sequence, forward and backward."""
-    asked, tokens = [], []
+    triton = pytest.importorskip("triton")
+    timing = triton.testing.do_bench
+    asked, tokens, ran = [], [], []
 
     class Product(torch.autograd.Function):
         @staticmethod
         def forward(ctx, v):
             tokens.append(v.shape[1])
+            assert triton.testing.do_bench(lambda: ran.append(1), quantiles=(0.5, 0.2)) == [1.0, 1.0]
             return v * 2
 
         @staticmethod
@@ -623,6 +626,8 @@ def test_peers_are_called_before_in_processes(pretended, monkeypatch):
     sizes = ((1, 9000, 3, 16, 16), (2, 100, 3, 16, 16), (1, 70, 5, 16, 16), (9, 1, 3, 16, 16))
     made.run([specs.get("gla"), specs.get("based")], {str(x): Shape.dense(*x) for x in sizes})
     assert tokens == [100, 100, 70, 70]
+    assert len(ran) == 2
+    assert triton.testing.do_bench is timing
     assert not [one for one in asked if one.startswith("compiling (")]
     unit = bench_compile.PeerUnit("fla", "gla", "chunk", sizes[0], "float32", "cpu")
     assert bench_compile.warm(unit) == (1, True)
