@@ -143,6 +143,8 @@ def _torch_half_step(x: torch.Tensor) -> torch.Tensor:
 
 
 _NN = "torch.nn.functional."
+# exp of what is at most 0, zero for results below 2^-126: tl.exp takes three more instructions, which see to those
+EXP_OF_NEGATIVE = "tl.exp2(tl.minimum({0}, 0.0) * 1.4426950408889634)"
 _SOFTPLUS_TAIL = "tl.log(1.0 + tl.exp(-tl.abs({0})))"
 
 FUNCTIONS: dict[str, Function] = {
@@ -160,7 +162,7 @@ FUNCTIONS: dict[str, Function] = {
         Function("tanh", 1, math.tanh, "torch.tanh", "2.0 * tl.sigmoid(2.0 * {a0}) - 1.0", LEVELS["sub"]),
         Function("relu", 1, lambda x: max(x, 0.0), "torch.relu", "tl.maximum({0}, 0.0)"),
         Function("silu", 1, lambda x: x * _sigmoid(x), _NN + "silu", "{a0} * tl.sigmoid({0})", LEVELS["mul"]),
-        Function("elu", 1, _elu, _NN + "elu", "tl.where({0} > 0.0, {0}, tl.exp(tl.minimum({0}, 0.0)) - 1.0)"),
+        Function("elu", 1, _elu, _NN + "elu", f"tl.where({{0}} > 0.0, {{0}}, {EXP_OF_NEGATIVE} - 1.0)"),
         Function("minimum", 2, min, "torch.minimum", "tl.minimum({0}, {1})"),
         Function("maximum", 2, max, "torch.maximum", "tl.maximum({0}, {1})"),
         Function("sign", 1, _sign, "torch.sign", "tl.where({0} > 0.0, 1.0, tl.where({0} < 0.0, -1.0, 0.0))"),
@@ -283,6 +285,8 @@ def _triton(expr: Expr, names: Mapping[Expr, str]) -> tuple[str, int]:
         result = _triton_power(base, exponent, names)
     elif (argument := _of_elu_and_one(expr)) is not None:
         result = ELU_AND_ONE.format(_triton(argument, names)[0]), LEVELS["add"]
+    elif (argument := _of_exp_of_negative(expr)) is not None:
+        result = EXP_OF_NEGATIVE.format(_triton(argument, names)[0]), ATOM
     else:
         args = [_triton(arg, names) for arg in expr.args]
         if expr.function in FUNCTIONS:
@@ -300,7 +304,7 @@ def _triton(expr: Expr, names: Mapping[Expr, str]) -> tuple[str, int]:
 
 
 # without a difference that 1 then takes back: fewer operations, and accurate for large negative numbers
-ELU_AND_ONE = "tl.maximum({0}, 0.0) + tl.exp(tl.minimum({0}, 0.0))"
+ELU_AND_ONE = "tl.maximum({0}, 0.0) + " + EXP_OF_NEGATIVE
 
 
 def _of_elu_and_one(expr: Call) -> Expr | None:
@@ -309,6 +313,14 @@ def _of_elu_and_one(expr: Call) -> Expr | None:
         return None
     other = expr.args[1 - expr.args.index(Number(1))]
     return other.args[0] if isinstance(other, Call) and other.function == "elu" else None
+
+
+def _of_exp_of_negative(expr: Call) -> Expr | None:
+    """x where the expression is exp(minimum(x, 0)), as in the derivative of elu."""
+    inner = expr.args[0] if expr.function == "exp" else None
+    if not isinstance(inner, Call) or inner.function != "minimum" or inner.args[1] != Number(0):
+        return None
+    return inner.args[0]
 
 
 def _parenthesised(operand: tuple[str, int], level: int) -> str:

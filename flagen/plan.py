@@ -210,6 +210,7 @@ class Plan(ErasePlan):
     swept, turned = property(plan_rows.swept), property(plan_rows.turned)
     prepared, before = property(plan_rows.prepared), property(plan_rows.before)
     value_rows, written = property(plan_rows.value_rows), property(plan_rows.written)
+    packs = property(plan_rows.packs)
     summed, telescopes = property(plan_rows.summed), property(plan_rows.telescopes)
     sum_column = property(plan_rows.sum_column)
     early_factor, decay_tensors = property(plan_rows.early_factor), property(plan_rows.decay_tensors)

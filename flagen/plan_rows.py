@@ -101,6 +101,14 @@ def written(plan: Plan) -> str:
     return f"({' * '.join(factors)})" if factors[1:] else "".join(factors)
 
 
+def packs(plan: Plan) -> bool:
+    """Whether bf16 rows are multiplied by factors two numbers at a time, and factors of products stand in additions.
+
+    Where decays are the data's, such kernels ended in a bad address on Hopper with Triton 3.6, for states of 64 x 64.
+    """
+    return swept(plan) and not prepared(plan)
+
+
 def early_factor(plan: Plan) -> bool:
     """Whether the value's factor is part of the weights of pairs, which are made for each chunk."""
     return bool(value_rows(plan)) and plan.decay == "scalar" and not plan.own_term and not plan.normalized

@@ -45,6 +45,18 @@ def plus(b_x, b_y):
 
 
 @triton.jit
+def times(b_x, b_f, DOT: tl.constexpr):
+    """b_x [BT, BC] times factors [BT, 1]. Of a block of bf16 numbers rounded once to bf16, but for 2^-17, by two instructions for two
+    numbers instead of five."""
+    if b_x.dtype == tl.bfloat16 and DOT == tl.bfloat16:
+        b_high = b_f.to(tl.bfloat16)
+        b_low = (b_f - b_high.to(tl.float32)).to(tl.bfloat16)
+        return tl.fma(b_x, b_high, b_x * b_low)
+    else:
+        return b_x * b_f
+
+
+@triton.jit
 def packed(b_x, b_y, b_z, b_w, BT: tl.constexpr):
     """Four numbers a row as a block [BT, 4]."""
     return tl.reshape(tl.join(tl.join(b_x, b_z), tl.join(b_y, b_w)), [BT, 4])
@@ -233,13 +245,13 @@ def linear_fwd_kernel(
             p_x = v + o_t[:, None] * v_st + o_v[None, :]
             b_v = tl.load(p_x, mask=m_tv, other=0.0)
             # [BT, BK]
-            b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp(tl.minimum(b_k, 0.0)), 0.0)
+            b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp2(tl.minimum(b_k, 0.0) * 1.4426950408889634), 0.0)
             b_value = b_v
 
 
             if o is not None:
                 # [BT, BK]
-                b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp(tl.minimum(b_q, 0.0)), 0.0)
+                b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp2(tl.minimum(b_q, 0.0) * 1.4426950408889634), 0.0)
 
                 b_fq = b_query
                 b_qd = b_fq
@@ -259,10 +271,9 @@ def linear_fwd_kernel(
                     b_n = tl.sum(b_A, 1)
                     b_wt = b_A.to(DOT)
                 # [BT, BV]
-                b_o *= b_er
                 # [BT]
                 b_n += tl.sum((b_nz if COLUMNS else b_qd.to(tl.float32) * b_z[None, :]) * b_er, 1)
-                b_o = plus(b_o, tl.dot(b_wt, b_value.to(DOT), input_precision=PRECISION))
+                b_o = tl.fma(b_o, b_er, tl.dot(b_wt, b_value.to(DOT), input_precision=PRECISION))
                 if den is not None:
                     if i_v == 0:
                         tl.store(den + o_row, b_n, mask=m_t)
@@ -441,7 +452,7 @@ def linear_bwd_state_kernel(
         p_x = q + o_t[:, None] * q_st + o_k[None, :]
         b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
         # [BT, BK]
-        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp(tl.minimum(b_q, 0.0)), 0.0)
+        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp2(tl.minimum(b_q, 0.0) * 1.4426950408889634), 0.0)
 
 
         b_fq = b_query
@@ -452,7 +463,7 @@ def linear_bwd_state_kernel(
         # [BT]
         b_rn, b_dn, _, _ = columns(tl.load(dden + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
         b_er = scale
-        b_dod = b_do * (b_er * b_rn[:, None])
+        b_dod = times(b_do, b_er * b_rn[:, None], DOT)
         b_dnd = b_dn[:, None] * b_er
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
         b_dz = b_dz + tl.sum(b_qd.to(tl.float32) * b_dnd, 0)
@@ -577,7 +588,7 @@ def linear_dq_kernel(
         b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT, BK]
         # [BT, BK]
-        b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp(tl.minimum(b_k, 0.0)), 0.0)
+        b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp2(tl.minimum(b_k, 0.0) * 1.4426950408889634), 0.0)
         b_value = b_v
 
 
@@ -598,9 +609,9 @@ def linear_dq_kernel(
         b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
         b_dfq = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
         b_dfq = b_dfq * b_rn[:, None] + b_dn[:, None] * b_z[None, :]
-        b_dquery = plus(b_dquery, b_dfq * b_er)
+        b_dquery = tl.fma(b_dfq, b_er, b_dquery)
         if dq is not None:
-            b_dq_ = b_dquery * (tl.exp(tl.minimum(b_q, 0.0)))
+            b_dq_ = b_dquery * (tl.exp2(tl.minimum(b_q, 0.0) * 1.4426950408889634))
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
         # the decay stands on the side of which a program has a block
@@ -734,7 +745,7 @@ def linear_dk_kernel(
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
         b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT, BK]
-        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp(tl.minimum(b_q, 0.0)), 0.0)
+        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp2(tl.minimum(b_q, 0.0) * 1.4426950408889634), 0.0)
         # [BT, BK]
         b_value = b_v
 
@@ -760,10 +771,10 @@ def linear_dk_kernel(
         b_dfk = b_dfk + b_dz[None, :]
         b_dkey = plus(b_dkey, b_dfk)
         if dk is not None:
-            b_dk_ = b_dkey * (tl.exp(tl.minimum(b_k, 0.0)))
+            b_dk_ = b_dkey * (tl.exp2(tl.minimum(b_k, 0.0) * 1.4426950408889634))
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-        b_qd = b_query * (b_er * b_rn[:, None])
+        b_qd = times(b_query, b_er * b_rn[:, None], DOT)
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_do.to(DOT), b_dh, input_precision=PRECISION)
         b_dz = b_dz + tl.sum(b_query * b_dnd, 0)
 
@@ -887,9 +898,9 @@ def linear_dv_kernel(
         p_x = k + o_t[:, None] * k_st + o_k[None, :]
         b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
         # [BT, BK]
-        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp(tl.minimum(b_q, 0.0)), 0.0)
+        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp2(tl.minimum(b_q, 0.0) * 1.4426950408889634), 0.0)
         # [BT, BK]
-        b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp(tl.minimum(b_k, 0.0)), 0.0)
+        b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp2(tl.minimum(b_k, 0.0) * 1.4426950408889634), 0.0)
 
 
         # [BT, BV]
@@ -898,7 +909,7 @@ def linear_dv_kernel(
         # [BT]
         b_rn, b_dn, _, _ = columns(tl.load(dden + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
         b_er = scale
-        b_dod = b_do * (b_er * b_rn[:, None])
+        b_dod = times(b_do, b_er * b_rn[:, None], DOT)
         # [BT, BV]
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
         # [BT, BT]
@@ -986,10 +997,10 @@ def linear_step_kernel(
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
         b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT, BK]
-        b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp(tl.minimum(b_k, 0.0)), 0.0)
+        b_key = tl.where(m_tk, tl.maximum(b_k, 0.0) + tl.exp2(tl.minimum(b_k, 0.0) * 1.4426950408889634), 0.0)
         b_value = b_v
         # [BT, BK]
-        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp(tl.minimum(b_q, 0.0)), 0.0)
+        b_query = tl.where(m_tk, tl.maximum(b_q, 0.0) + tl.exp2(tl.minimum(b_q, 0.0) * 1.4426950408889634), 0.0)
 
         # [BK] and [BV]
         b_key = tl.sum(b_key.to(tl.float32), 0)

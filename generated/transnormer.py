@@ -44,6 +44,18 @@ def plus(b_x, b_y):
     return b_x - (-b_y)
 
 
+@triton.jit
+def times(b_x, b_f, DOT: tl.constexpr):
+    """b_x [BT, BC] times factors [BT, 1]. Of a block of bf16 numbers rounded once to bf16, but for 2^-17, by two instructions for two
+    numbers instead of five."""
+    if b_x.dtype == tl.bfloat16 and DOT == tl.bfloat16:
+        b_high = b_f.to(tl.bfloat16)
+        b_low = (b_f - b_high.to(tl.float32)).to(tl.bfloat16)
+        return tl.fma(b_x, b_high, b_x * b_low)
+    else:
+        return b_x * b_f
+
+
 # A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
 #   S_t = exp(-(8 / heads) * (1 - layer / layers) * head) S_{t-1} + k_t v_t^T,  o_t = scale * q_t^T S_t
 # With o=None it only carries the state: the first of two passes over a sequence that is cut into pieces.
@@ -185,13 +197,12 @@ def transnormer_fwd_kernel(
                     b_A = b_s * b_D
                     b_wt = b_A.to(DOT)
                 # [BT, BV]
-                b_o *= b_er
-                b_o = plus(b_o, tl.dot(b_wt, b_value.to(DOT), input_precision=PRECISION))
+                b_o = tl.fma(b_o, b_er, tl.dot(b_wt, b_value.to(DOT), input_precision=PRECISION))
                 p_o = o + (o_row[:, None] * V + o_v[None, :])
                 tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
             b_fk = b_key
             b_kd = b_fk
-            b_vd = b_value * b_ek[:, None]
+            b_vd = times(b_value, b_ek[:, None], DOT)
             b_h = b_h * b_en
             b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
 
@@ -348,7 +359,7 @@ def transnormer_bwd_state_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
-        b_dod = b_do * b_er
+        b_dod = times(b_do, b_er, DOT)
         b_dh = b_dh * b_en
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
 
@@ -488,13 +499,13 @@ def transnormer_dq_kernel(
             b_dA = (b_dw * b_D).to(DOT)
         # [BT, BK]
         b_dquery = tl.dot(b_dA, b_key.to(DOT), input_precision=PRECISION)
-        b_dquery = plus(b_dquery, b_dfq * b_er)
+        b_dquery = tl.fma(b_dfq, b_er, b_dquery)
         if dq is not None:
             b_dq_ = b_dquery
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
         # the decay stands on the side of which a program has a block
-        b_kd = b_key * b_ek[:, None]
+        b_kd = times(b_key, b_ek[:, None], DOT)
         b_h *= b_en
         b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
 
@@ -637,12 +648,12 @@ def transnormer_dk_kernel(
             b_dA = (b_dw * b_D).to(DOT)
         # [BT, BK]
         b_dkey = tl.dot(b_dA, b_query.to(DOT), input_precision=PRECISION)
-        b_dkey = plus(b_dkey, b_dfk * b_ek[:, None])
+        b_dkey = tl.fma(b_dfk, b_ek[:, None], b_dkey)
         if dk is not None:
             b_dk_ = b_dkey
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-        b_qd = b_query * b_er
+        b_qd = times(b_query, b_er, DOT)
         b_dh *= b_en
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_do.to(DOT), b_dh, input_precision=PRECISION)
 
@@ -778,7 +789,7 @@ def transnormer_dv_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
-        b_dod = b_do * b_er
+        b_dod = times(b_do, b_er, DOT)
         # [BT, BV]
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
         # [BT, BT]
@@ -788,7 +799,7 @@ def transnormer_dv_kernel(
             b_A = b_s * b_D
             b_wt = b_A.to(DOT)
         b_dvalue = tl.dot(b_wt, b_do.to(DOT), input_precision=PRECISION)
-        b_dvalue = plus(b_dvalue, b_dvi * b_ek[:, None])
+        b_dvalue = tl.fma(b_dvi, b_ek[:, None], b_dvalue)
         if dv is not None:
             b_dv_ = b_dvalue
             p_d = dv + (o_row[:, None] * V + o_v[None, :])

@@ -15,9 +15,9 @@ from triton_versions import INSTALLED, ROOT, VERSIONS, environment, found_versio
 # at best by `make compile-matrix`.
 NAMES = {
     "PropagateNan", "abs", "arange", "associative_scan", "bfloat16", "cdiv", "constexpr", "cos", "cumsum",
-    "debug_barrier", "dot", "exp", "exp2", "float32", "floor", "full", "gather", "int8", "int32", "int64", "join",
-    "load", "log", "max", "maximum", "min", "minimum", "program_id", "range", "reshape", "rsqrt", "sigmoid", "sin",
-    "split", "sqrt", "static_range", "store", "sum", "trans", "where", "zeros", "zeros_like",
+    "debug_barrier", "dot", "exp", "exp2", "float32", "floor", "fma", "full", "gather", "int32", "int64", "int8",
+    "join", "load", "log", "max", "maximum", "min", "minimum", "program_id", "range", "reshape", "rsqrt", "sigmoid",
+    "sin", "split", "sqrt", "static_range", "store", "sum", "trans", "where", "zeros", "zeros_like",
 }  # fmt: skip
 
 
