@@ -1510,17 +1510,17 @@ def scan(h, h0, gt, at, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def prepare(q, k, g, theta, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=None, A=None):
+def prepare(q, k, g, theta, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=None):
     """What the serial kernels read: qd, kd [B, T, H, 2, K], gn [chunks of BT tokens, H, 2, K], A [B, T, H, BT]; and far [B, T, H].
 
     Of the two halves of qd and kd one meets the real and one the imaginary part of a state; those of gn are log decay and angle.
 
-    qd, kd, A: where to, None for tensors of their own."""
+    qd, kd: where to, None for tensors of their own."""
     B, T, H, K, V, F, N = shape
     t = s.intra
     NP, rows = pieces(cu_seqlens, N, T, BT)
     qd, kd = (torch.empty(B, T, H, 2, K, dtype=s.checkpoint, device=like.device) if x is None else x for x in (qd, kd))
-    A = torch.empty(B, T, H, BT, dtype=s.checkpoint, device=like.device) if A is None else A
+    A = torch.empty(B, T, H, BT, dtype=s.checkpoint, device=like.device)
     gn = torch.empty(rows, H, 2, K, dtype=torch.float32, device=like.device)
     far = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
     common = dict(
@@ -1693,15 +1693,14 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
         """Where the gradient of the query or key is to be, if something of its shape may lie there until then."""
         return x if need and x is not None and x.dtype == s.checkpoint else None
 
-    # no more than dkd needs memory beside the gradients: dqd comes where qd was, and A has been read when dkd comes
-    dkd = torch.empty(B, T, H, 2, K, dtype=s.checkpoint, device=like.device) if need_key or initial else None
     BT = s.bwd.BT
     qd, kd, gn, A, far = prepare(
         q, k, g, theta, shape, like, cu_seqlens, scale, s, BT,
         qd=place(need_key, None),
         kd=place(need_query, None),
-        A=None if dkd is None or BT > K else dkd.view(-1)[: B * T * H * BT].view(B, T, H, BT),
     )
+    # their gradients need no memory: a program writes what it alone has read, and each is read for the last time there
+    dqd, dkd = kd, qd if need_key or initial else None
     values = dict(
         do=do,
         gn=gn,
@@ -1799,7 +1798,7 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
         gateloop_dq_kernel[(starts * H * NK,)](
             v,
             kd=kd,
-            dqd=qd,
+            dqd=dqd,
             L=s.dq_L or T + 1,
             NP=NQ,
             **by_key,
@@ -1808,7 +1807,7 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
         t = s.bwd_intra
         common = dict(
             do=do,
-            dqd=qd if need_query else None,
+            dqd=dqd if need_query else None,
             dkd=dkd if need_key else None,
             hdh=hdh,
             far=far,
