@@ -815,6 +815,12 @@ def gateloop_fwd_kernel(
 
     b_gt = tl.zeros([BK], dtype=tl.float32)
     b_at = tl.zeros([BK], dtype=tl.float32)
+    # the first chunk's decay
+    # [BK]
+    i_g = (i_start // BT + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+    m_g = m_k & (i_start < i_end)
+    b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_g, other=0.0)
+    b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_g, other=0.0)
 
     for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
         i_t = i_c * BT
@@ -842,12 +848,16 @@ def gateloop_fwd_kernel(
         p_d = kd + (o_row[:, None] * (2 * K) + o_k[None, :])
         b_kd = tl.load(p_d, mask=m_tk, other=0.0)
         b_kdi = tl.load(p_d + K, mask=m_tk, other=0.0)
+        # the next one's, to come meanwhile
         # [BK]
-        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
-        b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_k, other=0.0)
-        b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_k, other=0.0)
-        b_cn, b_sn = turn(b_tn)
+        i_g = (i_c + 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        m_g = m_k & (i_c + 1 < tl.cdiv(i_end, BT))
+        b_gn_ahead = tl.load(gn + i_g * (2 * K) + o_k, mask=m_g, other=0.0)
+        b_tn_ahead = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_g, other=0.0)
         b_en = tl.exp(b_gn)
+        b_cn, b_sn = turn(b_tn)
+        b_cn *= b_en
+        b_sn *= b_en
         if o is not None:
             # [BT, BK]
             p_d = qd + (o_row[:, None] * (2 * K) + o_k[None, :])
@@ -863,13 +873,13 @@ def gateloop_fwd_kernel(
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
         b_hr = b_cn[:, None] * b_h - b_sn[:, None] * b_hi
         b_hi = b_sn[:, None] * b_h + b_cn[:, None] * b_hi
-        b_hr = b_hr * b_en[:, None]
-        b_hi = b_hi * b_en[:, None]
         b_h = tl.dot(tl.trans(b_kd), b_value.to(DOT), b_hr, input_precision=PRECISION)
         b_hi = tl.dot(tl.trans(b_kdi), b_value.to(DOT), b_hi, input_precision=PRECISION)
         b_gt += b_gn
         b_at += b_tn
         b_at -= TWO_PI * tl.floor(b_at * RCP_TWO_PI + 0.5)
+        b_gn = b_gn_ahead
+        b_tn = b_tn_ahead
 
     if ht is not None:
         if PIECES and o is None:
@@ -1014,6 +1024,12 @@ def gateloop_dq_kernel(
     b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
     b_hi = tl.load(p_hc + F * V, mask=m_fv, other=0.0).to(tl.float32)
 
+    # the first chunk's decay
+    # [BK]
+    i_g = (i_start // BT + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+    m_g = m_k & (i_start < i_end)
+    b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_g, other=0.0)
+    b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_g, other=0.0)
 
     for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
         i_t = i_c * BT
@@ -1037,12 +1053,16 @@ def gateloop_dq_kernel(
         p_d = kd + (o_row[:, None] * (2 * K) + o_k[None, :])
         b_kd = tl.load(p_d, mask=m_tk, other=0.0)
         b_kdi = tl.load(p_d + K, mask=m_tk, other=0.0)
+        # the next one's, to come meanwhile
         # [BK]
-        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
-        b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_k, other=0.0)
-        b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_k, other=0.0)
-        b_cn, b_sn = turn(b_tn)
+        i_g = (i_c + 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        m_g = m_k & (i_c + 1 < tl.cdiv(i_end, BT))
+        b_gn_ahead = tl.load(gn + i_g * (2 * K) + o_k, mask=m_g, other=0.0)
+        b_tn_ahead = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_g, other=0.0)
         b_en = tl.exp(b_gn)
+        b_cn, b_sn = turn(b_tn)
+        b_cn *= b_en
+        b_sn *= b_en
         # [BT, BK]
         b_dqd = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
         b_dqdi = tl.dot(b_do.to(DOT), tl.trans(b_hi.to(DOT)), input_precision=PRECISION)
@@ -1051,10 +1071,10 @@ def gateloop_dq_kernel(
         tl.store(p_d + K, b_dqdi.to(dqd.dtype.element_ty), mask=m_tk)
         b_hr = b_cn[:, None] * b_h - b_sn[:, None] * b_hi
         b_hi = b_sn[:, None] * b_h + b_cn[:, None] * b_hi
-        b_hr = b_hr * b_en[:, None]
-        b_hi = b_hi * b_en[:, None]
         b_h = tl.dot(tl.trans(b_kd), b_value.to(DOT), b_hr, input_precision=PRECISION)
         b_hi = tl.dot(tl.trans(b_kdi), b_value.to(DOT), b_hi, input_precision=PRECISION)
+        b_gn = b_gn_ahead
+        b_tn = b_tn_ahead
 
 
 # The gradient dkd of kd, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
@@ -1137,6 +1157,12 @@ def gateloop_dk_kernel(
     b_at = tl.zeros([BK], dtype=tl.float32)
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
+    # the first chunk's decay
+    # [BK]
+    i_g = (tl.cdiv(i_end, BT) - 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+    m_g = m_k & (i_start < i_end)
+    b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_g, other=0.0)
+    b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_g, other=0.0)
     for i in range(n_c):
         i_c = tl.cdiv(i_end, BT) - 1 - i
         i_t = i_c * BT
@@ -1156,12 +1182,16 @@ def gateloop_dk_kernel(
         p_d = qd + (o_row[:, None] * (2 * K) + o_k[None, :])
         b_qd = tl.load(p_d, mask=m_tk, other=0.0)
         b_qdi = tl.load(p_d + K, mask=m_tk, other=0.0)
+        # the next one's, to come meanwhile
         # [BK]
-        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
-        b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_k, other=0.0)
-        b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_k, other=0.0)
-        b_cn, b_sn = turn(b_tn)
+        i_g = (i_c - 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        m_g = m_k & (i + 1 < n_c)
+        b_gn_ahead = tl.load(gn + i_g * (2 * K) + o_k, mask=m_g, other=0.0)
+        b_tn_ahead = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_g, other=0.0)
         b_en = tl.exp(b_gn)
+        b_cn, b_sn = turn(b_tn)
+        b_cn *= b_en
+        b_sn *= b_en
         if dkd is not None:
             # [BT, BV]
             p_x = v + o_t[:, None] * v_st + o_v[None, :]
@@ -1175,8 +1205,6 @@ def gateloop_dk_kernel(
             tl.store(p_d + K, b_dkdi.to(dkd.dtype.element_ty), mask=m_tk)
         b_dhr = b_cn[:, None] * b_dh + b_sn[:, None] * b_dhi
         b_dhi = b_cn[:, None] * b_dhi - b_sn[:, None] * b_dh
-        b_dhr = b_dhr * b_en[:, None]
-        b_dhi = b_dhi * b_en[:, None]
         b_dh = tl.dot(tl.trans(b_qd), b_do.to(DOT), b_dhr, input_precision=PRECISION)
         b_dhi = tl.dot(tl.trans(b_qdi), b_do.to(DOT), b_dhi, input_precision=PRECISION)
         b_gt += b_gn
@@ -1193,6 +1221,8 @@ def gateloop_dk_kernel(
                 b_ally = tl.sum(b_ch * b_dhi - b_chi * b_dh, 1)
                 tl.store(hdh + i_s * (2 * K) + K + o_k, b_ally, mask=m_k)
                 tl.store(hdh + i_s * (2 * K) + o_k, b_all, mask=m_k)
+        b_gn = b_gn_ahead
+        b_tn = b_tn_ahead
 
     if dh0 is not None:
         if dkd is None:
@@ -1283,6 +1313,12 @@ def gateloop_dv_kernel(
 
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
+    # the first chunk's decay
+    # [BK]
+    i_g = (tl.cdiv(i_end, BT) - 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+    m_g = m_k & (i_start < i_end)
+    b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_g, other=0.0)
+    b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_g, other=0.0)
     for i in range(n_c):
         i_c = tl.cdiv(i_end, BT) - 1 - i
         i_t = i_c * BT
@@ -1309,12 +1345,16 @@ def gateloop_dv_kernel(
         b_kdi = tl.load(p_d + K, mask=m_tk, other=0.0)
         # [BT, BT]
         b_A = tl.load(A + (o_row[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0.0)
+        # the next one's, to come meanwhile
         # [BK]
-        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
-        b_gn = tl.load(gn + i_g * (2 * K) + o_k, mask=m_k, other=0.0)
-        b_tn = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_k, other=0.0)
-        b_cn, b_sn = turn(b_tn)
+        i_g = (i_c - 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        m_g = m_k & (i + 1 < n_c)
+        b_gn_ahead = tl.load(gn + i_g * (2 * K) + o_k, mask=m_g, other=0.0)
+        b_tn_ahead = tl.load(gn + i_g * (2 * K) + K + o_k, mask=m_g, other=0.0)
         b_en = tl.exp(b_gn)
+        b_cn, b_sn = turn(b_tn)
+        b_cn *= b_en
+        b_sn *= b_en
         # [BT, BV]
         b_dvalue = tl.dot(b_kd, b_dh.to(DOT), input_precision=PRECISION)
         b_dvalue = plus(b_dvalue, tl.dot(b_kdi, b_dhi.to(DOT), input_precision=PRECISION))
@@ -1325,10 +1365,10 @@ def gateloop_dv_kernel(
             tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
         b_dhr = b_cn[:, None] * b_dh + b_sn[:, None] * b_dhi
         b_dhi = b_cn[:, None] * b_dhi - b_sn[:, None] * b_dh
-        b_dhr = b_dhr * b_en[:, None]
-        b_dhi = b_dhi * b_en[:, None]
         b_dh = tl.dot(tl.trans(b_qd), b_do.to(DOT), b_dhr, input_precision=PRECISION)
         b_dhi = tl.dot(tl.trans(b_qdi), b_do.to(DOT), b_dhi, input_precision=PRECISION)
+        b_gn = b_gn_ahead
+        b_tn = b_tn_ahead
 
 
 # One token: reads the state, writes it back in place. A program owns a sequence, a head and NB blocks of V.

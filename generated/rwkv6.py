@@ -672,6 +672,11 @@ def rwkv6_fwd_kernel(
         b_h = tl.load(p_h0, mask=m_fv, other=0.0).to(tl.float32)
 
     b_gt = tl.zeros([BK], dtype=tl.float32)
+    # the first chunk's decay
+    # [BK]
+    i_g = (i_start // BT + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+    m_g = m_k & (i_start < i_end)
+    b_gn = tl.load(gn + i_g * K + o_k, mask=m_g, other=0.0)
 
     for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
         i_t = i_c * BT
@@ -696,9 +701,11 @@ def rwkv6_fwd_kernel(
         b_value = b_v
         # [BT, BK]
         b_kd = tl.load(kd + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        # the next one's, to come meanwhile
         # [BK]
-        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
-        b_gn = tl.load(gn + i_g * K + o_k, mask=m_k, other=0.0)
+        i_g = (i_c + 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        m_g = m_k & (i_c + 1 < tl.cdiv(i_end, BT))
+        b_gn_ahead = tl.load(gn + i_g * K + o_k, mask=m_g, other=0.0)
         b_en = tl.exp(b_gn)
         if o is not None:
             # [BT, BK]
@@ -713,6 +720,7 @@ def rwkv6_fwd_kernel(
         b_h = b_h * b_en[:, None]
         b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
         b_gt += b_gn
+        b_gn = b_gn_ahead
 
     if ht is not None:
         if PIECES and o is None:
@@ -839,6 +847,11 @@ def rwkv6_dq_kernel(
     p_hc = hc + i_s * (F * V) + (o_f[:, None] * V + o_v[None, :])
     b_h = tl.load(p_hc, mask=m_fv, other=0.0).to(tl.float32)
 
+    # the first chunk's decay
+    # [BK]
+    i_g = (i_start // BT + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+    m_g = m_k & (i_start < i_end)
+    b_gn = tl.load(gn + i_g * K + o_k, mask=m_g, other=0.0)
 
     for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
         i_t = i_c * BT
@@ -860,15 +873,18 @@ def rwkv6_dq_kernel(
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT, BK]
         b_kd = tl.load(kd + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        # the next one's, to come meanwhile
         # [BK]
-        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
-        b_gn = tl.load(gn + i_g * K + o_k, mask=m_k, other=0.0)
+        i_g = (i_c + 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        m_g = m_k & (i_c + 1 < tl.cdiv(i_end, BT))
+        b_gn_ahead = tl.load(gn + i_g * K + o_k, mask=m_g, other=0.0)
         b_en = tl.exp(b_gn)
         # [BT, BK]
         b_dqd = tl.dot(b_do.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
         tl.store(dqd + (o_row[:, None] * K + o_k[None, :]), b_dqd.to(dqd.dtype.element_ty), mask=m_tk)
         b_h = b_h * b_en[:, None]
         b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
+        b_gn = b_gn_ahead
 
 
 # The gradient dkd of kd, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
@@ -946,6 +962,11 @@ def rwkv6_dk_kernel(
     b_gt = tl.zeros([BK], dtype=tl.float32)
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
+    # the first chunk's decay
+    # [BK]
+    i_g = (tl.cdiv(i_end, BT) - 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+    m_g = m_k & (i_start < i_end)
+    b_gn = tl.load(gn + i_g * K + o_k, mask=m_g, other=0.0)
     for i in range(n_c):
         i_c = tl.cdiv(i_end, BT) - 1 - i
         i_t = i_c * BT
@@ -963,9 +984,11 @@ def rwkv6_dk_kernel(
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         # [BT, BK]
         b_qd = tl.load(qd + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        # the next one's, to come meanwhile
         # [BK]
-        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
-        b_gn = tl.load(gn + i_g * K + o_k, mask=m_k, other=0.0)
+        i_g = (i_c - 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        m_g = m_k & (i + 1 < n_c)
+        b_gn_ahead = tl.load(gn + i_g * K + o_k, mask=m_g, other=0.0)
         b_en = tl.exp(b_gn)
         if dkd is not None:
             # [BT, BV]
@@ -986,6 +1009,7 @@ def rwkv6_dk_kernel(
                 # [BK]
                 b_all = tl.sum(b_ch * b_dh, 1)
                 tl.store(hdh + i_s * K + o_k, b_all, mask=m_k)
+        b_gn = b_gn_ahead
 
     if dh0 is not None:
         if dkd is None:
@@ -1070,6 +1094,11 @@ def rwkv6_dv_kernel(
 
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
+    # the first chunk's decay
+    # [BK]
+    i_g = (tl.cdiv(i_end, BT) - 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+    m_g = m_k & (i_start < i_end)
+    b_gn = tl.load(gn + i_g * K + o_k, mask=m_g, other=0.0)
     for i in range(n_c):
         i_c = tl.cdiv(i_end, BT) - 1 - i
         i_t = i_c * BT
@@ -1092,9 +1121,11 @@ def rwkv6_dv_kernel(
         b_kd = tl.load(kd + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
         # [BT, BT]
         b_A = tl.load(A + (o_row[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0.0)
+        # the next one's, to come meanwhile
         # [BK]
-        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
-        b_gn = tl.load(gn + i_g * K + o_k, mask=m_k, other=0.0)
+        i_g = (i_c - 1 + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        m_g = m_k & (i + 1 < n_c)
+        b_gn_ahead = tl.load(gn + i_g * K + o_k, mask=m_g, other=0.0)
         b_en = tl.exp(b_gn)
         # [BT, BV]
         b_dvalue = tl.dot(b_kd, b_dh.to(DOT), input_precision=PRECISION)
@@ -1105,6 +1136,7 @@ def rwkv6_dv_kernel(
             tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
         b_dh *= b_en[:, None]
         b_dh = tl.dot(tl.trans(b_qd), b_do.to(DOT), b_dh, input_precision=PRECISION)
+        b_gn = b_gn_ahead
 
 
 # One token: reads the state, writes it back in place. A program owns a sequence, a head and NB blocks of V.
