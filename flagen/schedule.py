@@ -187,12 +187,13 @@ def schedule(
         if square and not chunk_size and not plan.normalized:
             # the forward's own chunks: what a backward does inside chunks of 64 has too few registers
             fwd, intra = tile(64, half, BF * half * parts, 2), Tile(64, 16, 2, 1)
+            bwd = tile(BT, half, BF * half * parts, 3)
     if plan.erase:
         fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == whole == 128)
         # with a decay per key channel the key channels come in blocks of 64
         warps = 4 if BK <= 128 or plan.decay == "key" else 8
         intra, bwd_intra = Tile(BT, 64, warps, 1), Tile(BT, min(64, 8192 // BK), 8, 1)
-    rows = turned_tile(BT, BK, whole) if plan.turned else sweep_tile(BT, BK, whole, low)
+    rows = turned_tile(BT, BK, whole, bwd.num_stages) if plan.turned else sweep_tile(BT, BK, whole, low)
     if plan.erase:
         rows = Tile(fwd.BT, fwd.BV, fwd.num_warps, 1)
     fwd_L = piece(shape, programs * -(-shape.V // fwd.BV), device, LC)
@@ -302,7 +303,7 @@ def tile(BT: int, BV: int, elements: int, stages: int) -> Tile:
     """Warps by the size of the state's block: 64 fp32 registers a thread at the most.
 
     Serial kernels of a decay per channel and all backward ones are not pipelined (stages 1): with 8 warps and chunks of
-    32 tokens Triton 3.6 gave wrong states for Hopper when they were.
+    32 tokens Triton 3.6 gave wrong states for Hopper when they were, unless their rows were prepared.
     """
     return Tile(BT, BV, 8 if elements > STATE_ELEMENTS // 2 else 4, stages)
 
@@ -315,10 +316,10 @@ def sweep_tile(BT: int, widest: int, others: int, low: bool) -> Tile:
     return tile(BT, size, size * others, 2 if low and others <= 128 else 1)
 
 
-def turned_tile(BT: int, widest: int, others: int) -> Tile:
-    """The same for complex states, of which a program has half in blocks of 64 or a quarter; not pipelined."""
+def turned_tile(BT: int, widest: int, others: int, stages: int) -> Tile:
+    """The same for complex states, of which a program has half in blocks of 64 or a quarter."""
     size = max(value_block(widest, 2 * others, STATE_ELEMENTS // 2), min(widest, 64, STATE_ELEMENTS // (2 * others)))
-    return tile(BT, size, 2 * size * others, 1)
+    return tile(BT, size, 2 * size * others, stages)
 
 
 def feature_tile(BF: int, widest: int, chunk_size: int | None, low: bool) -> Tile:
