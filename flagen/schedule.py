@@ -198,21 +198,23 @@ def schedule(
         rows = Tile(fwd.BT, fwd.BV, fwd.num_warps, 1)
     fwd_L = piece(shape, programs * -(-shape.V // fwd.BV), device, LC)
     bwd_L = piece(shape, programs * -(-shape.V // bwd.BV), device, LC)
-    # these pieces begin at checkpoints and cost next to nothing: enough of them to fill the device evenly
-    dq_L = piece(shape, -(-programs * -(-shape.K // rows.BV) // 8), device, LC)
     beside = False
-    # with smaller states the pipeline of three stages gave wrong normalisers with Triton 3.6 on Hopper, and they moved
-    three = square and BT == 64
-    if three and plan.intra and not plan.turned and not plan.normalized and 2 * programs > device.multiprocessors:
-        # dv takes no less than with halves
-        fwd, rows = serial_tile(BT, BF, BV), serial_tile(BT, whole, BK)
-    if three and plan.swept:
-        parts, fwd_L = cut(shape, BT, LC, BF, BV, device, 1)
-        fwd = serial_tile(BT, BF, BV // parts)
-        parts, bwd_L = cut(shape, BT, LC, BF, BV, device, 2)
-        bwd, rows = serial_tile(BT, BF, BV // parts), serial_tile(BT, whole, BK // parts)
-        dq_L = even(shape, programs * -(-shape.K // rows.BV), BT, LC, device)
-        beside = not bwd_L and leaves_idle(shape, programs * -(-shape.V // bwd.BV), BT, device)
+    # with smaller states three stages gave wrong normalisers with Triton 3.6 on Hopper, and they moved
+    three, by_key = square and BT == 64, plan.intra and not plan.turned and not plan.normalized
+    if three and (plan.swept or by_key):
+        counts = (1,) if by_key and 2 * programs > device.multiprocessors else (1, 2)
+        parts, fwd_L = cut(shape, BT, LC, BF, BV, device, 1, counts)
+        if plan.swept or parts == 1:
+            fwd = serial_tile(BT, BF, BV // parts)
+        parts, bwd_L = cut(shape, BT, LC, BF, BV, device, 2, counts)
+        if plan.swept or parts == 1:
+            rows = serial_tile(BT, whole, BK // parts)
+        if plan.swept:  # with a decay per key channel dv takes no less than with halves
+            bwd = serial_tile(BT, BF, BV // parts)
+            beside = not bwd_L and leaves_idle(shape, programs * -(-shape.V // bwd.BV), BT, device)
+    # these pieces begin at checkpoints and cost next to nothing: enough of them to fill the device evenly
+    blocks, alone = programs * -(-shape.K // rows.BV), rows.num_stages == 3  # a program a multiprocessor
+    dq_L = even(shape, blocks, rows.BT, LC, device) if alone else piece(shape, -(-blocks // 8), device, LC)
     return Schedule(
         fwd=fwd,
         bwd=bwd,
@@ -348,11 +350,13 @@ def erase_tile(plan: Plan, BT: int, BF: int, BV: int, device: Device, whole: boo
     return tile(BT, size, BF * size, 1)
 
 
-def cut(shape: Shape, BT: int, LC: int, rows: int, widest: int, device: Device, passes: int) -> tuple[int, int]:
-    """Into how many blocks the columns of a state are cut, and tokens per piece of a sequence or 0: what takes the
-    least time on all multiprocessors. passes: kernels that follow the one for the states that pieces begin with."""
+def cut(
+    shape: Shape, BT: int, LC: int, rows: int, widest: int, device: Device, passes: int, counts: tuple[int, ...]
+) -> tuple[int, int]:
+    """Into how many blocks, of `counts`, the columns of a state are cut, and tokens per piece of a sequence or 0: what
+    takes the least time on all multiprocessors. passes: kernels after the one for the states that pieces begin with."""
     best, found = float("inf"), (1, 0)
-    for parts in (1, 2):
+    for parts in counts:
         # a turn takes 0.6 us and 2.4 us for a state of 128 x 128 on an H200
         turn = 1 + 4 * rows * (widest // parts) / STATE_ELEMENTS
         programs = shape.N * shape.H * parts * -(-shape.V // widest)
@@ -380,8 +384,8 @@ def even(shape: Shape, programs: int, BT: int, LC: int, device: Device) -> int:
 
 
 def leaves_idle(shape: Shape, programs: int, BT: int, device: Device) -> bool:
-    """Whether programs, one a multiprocessor, leave so much of the device idle for so long that it pays to give
-    kernels to several streams, which costs the host some 20 us."""
+    """Whether programs, one a multiprocessor, leave so much of the device idle for so long that kernels in several
+    streams pay, which cost the host some 20 us."""
     rounds = -(-programs // device.multiprocessors)
     return programs < 0.85 * rounds * device.multiprocessors and rounds * -(-shape.T // BT) >= 64
 
