@@ -41,6 +41,12 @@ def turned(plan: Plan) -> bool:
     return plan.intra and plan.complex
 
 
+def keeps(plan: Plan) -> bool:
+    """Whether a training forward keeps what chunks need no state for: where with states it is less than the inputs."""
+    rows = [one for one in plan.inputs if "t" in one.axes and one.channel]
+    return plan.intra and not plan.complex and not plan.normalized and len(rows) >= 4
+
+
 def split_value(plan: Plan) -> tuple[Expr | None, Expr]:
     """The value as its factor of rows, or None, and the rest; whole where there are no sweeps."""
     expr = plan.analysis.role("value")

@@ -254,23 +254,6 @@ def products(plan: Plan, shape: Shape, dtype: torch.dtype, chunk_size: int | Non
     return low, BT, BF
 
 
-def erase_kept(
-    plan: Plan, shape: Shape, dtype: torch.dtype, chunk_size: int | None, packed: bool
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what the training forward of an erase keeps beside its states; none for others."""
-    import torch
-
-    low, BT, _ = products(plan, shape, dtype, chunk_size)
-    rows = shape.B, shape.T, shape.H
-    chunks = shape.T // BT + shape.N if packed else shape.N * -(-shape.T // BT)
-    kinds = dict.fromkeys("MABC", ((*rows, BT), torch.bfloat16 if low else torch.float32)) | {
-        "fs": ((len(plan.erase_factors + plan.late_norms), *rows), torch.float32),
-        "en": ((chunks, shape.H, *((shape.K,) if plan.decay == "key" else ())), torch.float32),
-        "far": (rows, torch.int8),
-    }
-    return [kinds[x] for x in plan.erase_kept]
-
-
 def block(size: int, triton: Any, narrowest: int = 16) -> int:
     """The block of an axis: a power of two that products take."""
     return max(narrowest, int(triton.next_power_of_2(size)))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .schedule import Schedule, Shape, checkpoint_of, device_of, erase_kept, rows_of_state, schedule
+from .kept import kept
+from .schedule import Schedule, Shape, checkpoint_of, device_of, rows_of_state, schedule
 from .torch_backend import Forward
 from .triton_ahead import Ahead, like
 from .triton_record import is_collecting
@@ -42,7 +43,7 @@ class TritonBackend:
         kept = checkpoint or checkpoint_of(plan)
         self.options = {"chunk_size": chunk_size, "input_precision": input_precision, "checkpoint": kept}
         self.output = plan.analysis.inputs.index(plan.analysis.spec.value.inputs[0])
-        self.normalized, self.stabilized = plan.normalized, plan.stabilized
+        self.normalized, self.stabilized, self.keeps = plan.normalized, plan.stabilized, plan.erase or plan.keeps
         self._schedule = functools.lru_cache(maxsize=256)(self._make_schedule)
         self._replay = Replay(module)
         self._ahead, self._begun = Ahead(), set[Any]()
@@ -98,7 +99,7 @@ class TritonBackend:
             o, ht, hc, *rest = launchers.fwd(
                 *inputs, *constants, *start, cu_seqlens, scale, plan, final=want_final, save=save
             )
-        if self.plan.erase:
+        if self.keeps:
             return o, *((ht,) if want_final else ()), *((hc.view(-1), *rest) if save else ())
         zt, zc, den = rest or (None, None, None)
         final = (*self._public((ht, zt)[: 1 + self.normalized]), *scales) if want_final else ()
@@ -168,7 +169,7 @@ class TritonBackend:
         do = torch.zeros_like(o) if do is None else do if do.stride(-1) == 1 else do.contiguous()
         F = rows_of_state(self.plan, sizes.K)
         hc = saved[0].view(-1, sizes.H, F, sizes.V, *((2,) if self.plan.complex else ()))
-        extra = (o, saved[2], saved[1].view(-1, sizes.H, F)) if self.normalized else (saved[1:],) * self.plan.erase
+        extra = (o, saved[2], saved[1].view(-1, sizes.H, F)) if self.normalized else (saved[1:],) * self.keeps
         plan = self.schedule(prepared, sizes)
         with torch.cuda.device_of(o):
             found, *d_initial = launchers.bwd(
@@ -246,16 +247,15 @@ class TritonBackend:
     def saved_like(self, inputs: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
         """New tensors of the shapes and dtypes that forward saves, which follow from the inputs' shapes and dtypes
         alone. States are flat: torch.compile would have a graph apart for each size of 1, such as a single state."""
-        sizes = self._sizes(inputs, cu_seqlens)
-        LC = self.options["checkpoint"]
+        sizes, LC = self._sizes(inputs, cu_seqlens), self.options["checkpoint"]
         slots = sizes.N * -(-sizes.T // LC) if cu_seqlens is None else sizes.T // LC + sizes.N
         like = inputs[self.output]
         F = rows_of_state(self.plan, sizes.K)
         dtype = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
         states = like.new_empty((slots * sizes.H * F * sizes.V * (2 if self.plan.complex else 1),), dtype=dtype)
         if not self.normalized:
-            kept = erase_kept(self.plan, sizes, like.dtype, self.options["chunk_size"], cu_seqlens is not None)
-            return states, *(like.new_empty(shape, dtype=kind) for shape, kind in kept)
+            found = kept(self.plan, sizes, like.dtype, self.options["chunk_size"], cu_seqlens is not None)
+            return states, *(like.new_empty(shape, dtype=kind) for shape, kind in found)
         z = like.new_empty((slots * sizes.H * F,), dtype=torch.float32)
         rows = range(1 + len(self.plan.analysis.gauges))
         return states, z, *(like.new_empty((sizes.B, sizes.T, sizes.H), dtype=torch.float32) for _ in rows)

@@ -1623,7 +1623,7 @@ def fwd(q, k, v, g, theta, h0, cu_seqlens, scale, s, final=False, save=False):
     o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
     ht = state(N, H, F, V, like) if final else None
     hc = state(N * NC if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
-    qd, kd, gn, A, _ = prepare(q, k, g, theta, shape, like, cu_seqlens, scale, s, s.fwd.BT)
+    qd, kd, gn, A, far = prepare(q, k, g, theta, shape, like, cu_seqlens, scale, s, s.fwd.BT)
     t = s.fwd
     NV = triton.cdiv(V, t.BV)
     common = dict(

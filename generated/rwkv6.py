@@ -1374,7 +1374,7 @@ def fwd(r, k, v, w, u, h0, cu_seqlens, scale, s, final=False, save=False):
     o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
     ht = state(N, H, F, V, like) if final else None
     hc = state(N * NC if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
-    qd, kd, gn, A, _ = prepare(r, k, w, u, shape, like, cu_seqlens, scale, s, s.fwd.BT)
+    qd, kd, gn, A, far = prepare(r, k, w, u, shape, like, cu_seqlens, scale, s, s.fwd.BT)
     t = s.fwd
     NV = triton.cdiv(V, t.BV)
     common = dict(
@@ -1435,10 +1435,10 @@ def fwd(r, k, v, w, u, h0, cu_seqlens, scale, s, final=False, save=False):
         NP=NP,
         **common,
     )
-    return o, ht, hc
+    return o, ht, hc, *((qd, kd, gn, A, far) if save and s.fwd.BT <= K else ())
 
 
-def bwd(r, k, v, w, u, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
+def bwd(r, k, v, w, u, do, hc, kept, dht, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
     Gradients come as the kernels make them, for each input the summands and how many tokens a row of one sums (0: all of a sequence's):
@@ -1482,13 +1482,21 @@ def bwd(r, k, v, w, u, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         return x if need and x is not None and x.dtype == s.checkpoint else None
 
     BT = s.bwd.BT
-    qd, kd, gn, A, far = prepare(
-        r, k, w, u, shape, like, cu_seqlens, scale, s, BT,
-        qd=place(need_key, dk),
-        kd=place(need_query, dr),
-    )
-    # their gradients need no memory: a program writes what it alone has read, and each is read for the last time there
-    dqd, dkd = kd, qd if need_key or initial else None
+    if kept:
+        # of the forward, and perhaps of another backward: these stay as they are
+        qd, kd, gn, A, far = kept
+        dqd, dkd = place(need_query, dr), place(need_key, dk)
+        dqd = torch.empty_like(kd) if dqd is None else dqd
+        dkd = torch.empty_like(qd) if dkd is None else dkd
+    else:
+        qd, kd, gn, A, far = prepare(
+            r, k, w, u, shape, like, cu_seqlens, scale, s, BT,
+            qd=place(need_key, dk),
+            kd=place(need_query, dr),
+        )
+        # a program writes what it alone has read, and each is read for the last time there
+        dqd, dkd = kd, qd
+    dkd = dkd if need_key or initial else None
     values = dict(
         do=do,
         gn=gn,
