@@ -316,8 +316,8 @@ class _Run:
     def do_full(self, shape: tuple[int, ...], value: Any, dtype: Dtype) -> Block:
         return Block(tuple(shape), dtype.name)
 
-    def do_trans(self, x: Block) -> Block:
-        return Block(x.shape[::-1], x.dtype, x.tensor)
+    def do_trans(self, x: Block, *axes: int) -> Block:
+        return Block(tuple(x.shape[i] for i in axes) if axes else x.shape[::-1], x.dtype, x.tensor)
 
     def do_reshape(self, x: Block, *shape: Any) -> Block:
         return Block(tuple(shape[0]) if isinstance(shape[0], tuple) else shape, x.dtype)

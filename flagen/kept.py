@@ -27,7 +27,8 @@ def kept(
         wide = (*rows, shape.K), common
         return [wide, wide, ((chunks, shape.H, shape.K), torch.float32), ((*rows, BT), common), (rows, torch.int8)]
     kinds = dict.fromkeys("MABC", ((*rows, BT), torch.bfloat16 if low else torch.float32)) | {
-        "fs": ((len(plan.erase_factors + plan.late_norms), *rows), torch.float32),
+        "fs": ((shape.B, shape.H, shape.T, 4), torch.float32),
+        "fn": ((len(plan.late_norms), *rows), torch.float32),
         "en": ((chunks, shape.H, *((shape.K,) if plan.decay == "key" else ())), torch.float32),
         "far": (rows, torch.int8),
     }

@@ -364,7 +364,8 @@ class Plan(ErasePlan):
     @cached_property
     def intra_tensors(self) -> tuple[TensorArg, ...]:
         """What the weights of the pairs inside a chunk need."""
-        return self.tensors_of("query", "key", "log_decay", "phase", "bonus", "erase", "erase_a", "erase_b")
+        roles = "query", "key", "log_decay", "phase", "bonus", "erase", "erase_a", "erase_b"
+        return plan_rows.with_value_rows(self, self.tensors_of(*roles)) if self.erase else self.tensors_of(*roles)
 
     @property
     def state_names(self) -> tuple[str, ...]:

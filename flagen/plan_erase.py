@@ -30,6 +30,8 @@ class ErasePlan:
         @property
         def key(self) -> Role: ...
         @property
+        def value_block(self) -> Role: ...
+        @property
         def name(self) -> str: ...
         @property
         def decay(self) -> str: ...
@@ -153,6 +155,11 @@ class ErasePlan:
         return tuple(dict.fromkeys(one for row in self.erase_rows if (one := self.direct_row(row))))
 
     @property
+    def serial_values(self) -> tuple[TensorArg, ...]:
+        """What the serial kernels make values of, but for the factor of rows."""
+        return tuple(one for one in self.tensors_of("value") if one.name in self.value_block.inputs)
+
+    @property
     def made_rows(self) -> tuple[str, ...]:
         """The rows that the chunk-parallel kernel has to make."""
         return tuple(row for row in self.erase_rows if not self.direct_row(row))
@@ -164,7 +171,8 @@ class ErasePlan:
             return ()
         pairs = ("M", "A") if self.delta else ("M", "A", "B", "C")
         decay = ("en",) if self.decay != "none" else ()
-        return (*pairs, *(("fs",) if self.erase_factors else ()), *decay, *(("far",) if self.decay == "key" else ()))
+        rows = (*(("fs",) if self.erase_factors else ()), *(("fn",) if self.late_norms else ()))
+        return (*pairs, *rows, *decay, *(("far",) if self.decay == "key" else ()))
 
     @property
     def chain_rows(self) -> tuple[str, ...]:
@@ -174,6 +182,8 @@ class ErasePlan:
     @property
     def erase_factors(self) -> tuple[str, ...]:
         """The rows that have a factor a token: decay, scale and the number of delta."""
+        if not self.erase:
+            return ()
         if self.row_decay:
             return ("q", "a", "b")
         if not self.delta or self.channel_decay:

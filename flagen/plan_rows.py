@@ -48,18 +48,25 @@ def keeps(plan: Plan) -> bool:
 
 
 def split_value(plan: Plan) -> tuple[Expr | None, Expr]:
-    """The value as its factor of rows, or None, and the rest; whole where there are no sweeps."""
+    """The value as its factor of rows, or None, and the rest; whole where no kernel prepares such factors."""
     expr = plan.analysis.role("value")
     assert expr is not None, "every spec has a value"
     # what kernels have of a row of a decay is four numbers
-    whole = plan.exclusive and plan.gate is not None
-    return split_rows(expr, "v") if swept(plan) and not whole else (None, expr)
+    split = (swept(plan) and not (plan.exclusive and plan.gate is not None)) or bool(plan.erase_factors)
+    return split_rows(expr, "v") if split else (None, expr)
 
 
 def value_rows(plan: Plan) -> str:
     """The factor of the value that is one number a row, as text over blocks [BT], or nothing."""
     rows, _ = split_value(plan)
     return "" if rows is None else row_text(rows)
+
+
+def with_value_rows(plan: Plan, given: tuple[TensorArg, ...]) -> tuple[TensorArg, ...]:
+    """These tensors and those of the value's factor."""
+    rows, _ = split_value(plan)
+    names = {one.name for one in given} | {leaf.name for leaf in (leaves(rows) if rows is not None else ())}
+    return tuple(one for one in plan.tensors if one.name in names)
 
 
 def prepared(plan: Plan) -> bool:

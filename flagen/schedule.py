@@ -195,7 +195,7 @@ def schedule(
         intra, bwd_intra = Tile(BT, 64, warps, 1), Tile(BT, min(64, 8192 // BK), 8, 1)
     rows = turned_tile(BT, BK, whole, bwd.num_stages) if plan.turned else sweep_tile(BT, BK, whole, low)
     if plan.erase:
-        rows = Tile(fwd.BT, fwd.BV, fwd.num_warps, 1)
+        rows = fwd if fwd.num_stages == 3 else Tile(fwd.BT, fwd.BV, fwd.num_warps, 1)
     fwd_L = piece(shape, programs * -(-shape.V // fwd.BV), device, LC)
     bwd_L = piece(shape, programs * -(-shape.V // bwd.BV), device, LC)
     beside = False
@@ -321,10 +321,15 @@ def serial_tile(BT: int, rows: int, columns: int) -> Tile:
 
 def erase_tile(plan: Plan, BT: int, BF: int, BV: int, device: Device, whole: bool) -> Tile:
     """The tile of the serial kernels of an erase. whole: the state is 128 x 128, with bf16 operands: chunks are loaded
-    early, with all of the state in a program or, where rows have factors, which take registers, with half of it and two
-    programs a multiprocessor. Else they are not; blocks of 32 value channels are not believed."""
-    chunk_bytes = 2 * BT * (len(plan.erase_rows) * BF + (2 if plan.delta else 4) * BT)
+    early, with all of the state in a program or, where that does not fit, half of it and two programs a multiprocessor.
+    Else they are not; blocks of 32 value channels are not believed."""
+    pairs = 2 if plan.delta else 4
+    chunk_bytes = 2 * BT * (len(plan.erase_rows) * BF + pairs * BT)
     held = 2 * BT * BV + (16 << 10)  # the value is no operand as it lies, and the state's roundings need a place
+    # with the value, four numbers a row, a matrix of ones, and where blocks are turned
+    loaded = 3 * (chunk_bytes + 2 * BT * (BV + 8)) + 2 * BT * BT + (4 << 10)
+    if whole and plan.erase_factors and loaded <= device.shared:
+        return Tile(BT, BV, 8, 3)
     if whole and plan.erase_factors and 2 * (2 * chunk_bytes + held // 2) <= device.shared:
         return Tile(BT, 64, 4, 2)
     if whole and not plan.erase_factors and 3 * chunk_bytes + 2 * held <= device.shared:

@@ -50,8 +50,8 @@ _KERNEL_NAMES = """o den do h h0 ht hc hs hp dh dh0 dht dhp z z0 zt zc zs zp dz 
     adjoints shape block prepare far n_far pairs grid by_key by_query qd kd gn A dqd dkd values segments need_query
     need_key need_value peak rise peaks m m0 mt through last falls tops into rises passes compose read_rows dense dden
     summed factors load_tile store_tile place load_sums store_sums apart hw dhw dhs intra run unit_inverse erase_level
-    erase_scores erase_apply turn turned sigmoid_of_minus rq ra rb rk fs en made decays gsum packed columns fork join
-    sides COLUMNS starts of_value"""
+    erase_scores erase_apply turn turned sigmoid_of_minus rq ra rb rk fs fn en made decays gsum packed columns fork join
+    sides store_columns COLUMNS starts of_value"""
 KERNEL_NAMES = frozenset(_KERNEL_NAMES.split())
 AXES_OF = dict.fromkeys(("query", "key", "phase", "bonus", "erase_a", "erase_b"), "bthk") | {"value": "bthv"}
 

@@ -45,6 +45,21 @@ def plus(b_x, b_y):
 
 
 @triton.jit
+def packed(b_x, b_y, b_z, b_w, BT: tl.constexpr):
+    """Four numbers a row as a block [BT, 4]."""
+    return tl.reshape(tl.join(tl.join(b_x, b_z), tl.join(b_y, b_w)), [BT, 4])
+
+
+@triton.jit
+def columns(b_x, BT: tl.constexpr):
+    """The four columns of a block [BT, 4]."""
+    b_even, b_odd = tl.split(tl.reshape(b_x, [BT, 2, 2]))
+    b_x, b_z = tl.split(b_even)
+    b_y, b_w = tl.split(b_odd)
+    return b_x, b_y, b_z, b_w
+
+
+@triton.jit
 def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
     """Sums of the rows of b_x [BT, BC] picked by m_steps [BT, BT], as a product. With bf16 operands b_x is taken in PARTS
     parts: one is exact where b_x is bf16, two are good to 2^-17, three to 2^-25.
@@ -76,9 +91,21 @@ def unit_inverse(b_A, BT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.cons
     return b_M
 
 
+@triton.jit
+def store_columns(p_x, b_x, i_lo, i_hi, stride, i_v, V: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr):
+    """A block [BV, BC] as rows of memory, BC of them `stride` apart of which those from i_lo to before i_hi count, with V value channels.
+
+    Of 16 x 16 elements each, so that what a warp stores is what it holds of a product: 32 bytes of a row.
+    """
+    b_x = tl.trans(tl.reshape(b_x, [BV // 16, 16, BC // 16, 16]), 3, 0, 2, 1)
+    o_c = tl.arange(0, 16)[:, None, None, None] + tl.arange(0, BC // 16)[None, None, :, None] * 16
+    o_v = i_v * BV + tl.arange(0, BV // 16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
+    tl.store(p_x + (o_c * stride + o_v), b_x, mask=(o_c >= i_lo) & (o_c < i_hi) & (o_v < V))
+
+
 # All that needs no state, so that the serial kernels are left with little to do for each chunk; a program owns a chunk and a head.
 # rq [B, T, H, K]: rows of the roles; not PAIRS: nothing but these.
-# fs: what rows of q, a, b are multiplied by.
+# fs [B, H, T, 4]: what rows of query, a, b and the value are multiplied by. fn [1, B, T, H]: norms, as 1 over them.
 # Matrices [B, T, H, BT] of the pairs of tokens inside the chunk: With q, a, b the rows of query and erase, decayed in between: M = (1 + a b^T)^-1 - 1, A = scale q b^T.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def comba_intra_kernel(
@@ -92,7 +119,8 @@ def comba_intra_kernel(
     A,
     rq,
     fs,
-    fs_sp,
+    fn,
+    fn_sp,
     en,
     cu_seqlens,
     scale,
@@ -205,10 +233,11 @@ def comba_intra_kernel(
         else:
             b_ea = tl.exp(tl.sum(tl.where(o_i[None, :] < o_i[:, None], b_ld[None, :], 0.0), 1))
         b_en = tl.exp(tl.sum(b_ld, 0))
-        tl.store(fs + 0 * fs_sp.to(tl.int64) + o_row, scale * b_eq, mask=m_t)
-        tl.store(fs + 1 * fs_sp.to(tl.int64) + o_row, b_e * b_ea * b_norm_unit1, mask=m_t)
-        tl.store(fs + 2 * fs_sp.to(tl.int64) + o_row, b_ek * b_norm_unit1, mask=m_t)
-        tl.store(fs + 3 * fs_sp.to(tl.int64) + o_row, b_norm_unit1, mask=m_t)
+        # [BT]: what is not multiplied by anything has the number of a
+        b_fa = b_e * b_ea * b_norm_unit1
+        b_rows = packed(scale * b_eq, b_fa, b_ek * b_norm_unit1, tl.where(m_t, b_beta, 0.0), BT)
+        tl.store(fs + (((i_b * H + i_h) * T + o_t)[:, None] * 4 + tl.arange(0, 4)[None, :]), b_rows, mask=m_t[:, None])
+        tl.store(fn + 0 * fn_sp.to(tl.int64) + o_row, b_norm_unit1, mask=m_t)
         tl.store(en + i_ph, b_en)
         # [BT, BT]
         if DOT == tl.bfloat16:
@@ -238,13 +267,11 @@ def comba_intra_kernel(
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC", "NT"])
 def comba_fwd_kernel(
     v,
-    beta,
     k,
     M,
     A,
     rq,
     fs,
-    fs_sp,
     en,
     o,
     hw,
@@ -256,9 +283,6 @@ def comba_fwd_kernel(
     v_sb,
     v_st,
     v_sh,
-    beta_sb,
-    beta_st,
-    beta_sh,
     k_sb,
     k_st,
     k_sh,
@@ -270,7 +294,6 @@ def comba_fwd_kernel(
     NC,
     NT,
     G_v: tl.constexpr,
-    G_beta: tl.constexpr,
     G_k: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -296,10 +319,10 @@ def comba_fwd_kernel(
     i_nh = i_n * H + i_h
     v += i_b * v_sb
     v += (i_h // G_v) * v_sh
-    beta += i_b * beta_sb
-    beta += (i_h // G_beta) * beta_sh
     k += i_b * k_sb
     k += (i_h // G_k) * k_sh
+    if fs is not None:
+        fs += (i_b * H + i_h) * T * 4
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -309,8 +332,9 @@ def comba_fwd_kernel(
     m_vk = m_v[:, None] & m_k[None, :]
 
     if o is None:
-        # [BK, BV]: the states before all chunks, from those that were kept. What rows are multiplied by takes fewer registers where tokens are rows
-        b_h = tl.load(h0 + i_ph * (K * V) + tl.trans(o_vk), mask=tl.trans(m_vk), other=0.0).to(tl.float32)
+        # [BV, BK]: the states before all chunks, from those that were kept
+        b_h = tl.load(h0 + (i_ph) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+        b_one = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0).to(DOT)
         for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
             i_t = i_c * BT
             i_lo = tl.maximum(i_start - i_t, 0)
@@ -322,36 +346,36 @@ def comba_fwd_kernel(
             o_row = (i_b * T + o_t) * H + i_h
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
-            i_s = (i_t // BT + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-            tl.store(hc + i_s * (K * V) + tl.trans(o_vk), b_h.to(hc.dtype.element_ty), mask=tl.trans(m_vk))
-            # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
-            # [BT]
-            b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
-            # [BT, BK]
-            b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
-            b_fa = tl.load(fs + 1 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-            # [BT, BT]
-            b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
-            b_fb = tl.load(fs + 2 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
             i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
             b_en = tl.load(en + i_s)
+            store_columns(hc + i_s * (K * V), b_h.to(hc.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
+            # [BT, BK]
+            b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+            b_hd = b_h.to(DOT)
+            # [BV, BT]
+            b_hw = tl.dot(b_hd, tl.trans(b_rb), input_precision=PRECISION)
+            b_fq, b_fa, b_fb, b_vf = columns(tl.load(fs + (o_t[:, None] * 4 + tl.arange(0, 4)[None, :]), mask=m_t[:, None], other=0.0), BT)
             # [BT, BV]
-            b_value = tl.where(m_tv, b_v * b_beta[:, None], 0.0)
-            # [BT, BV]
-            b_hw = tl.dot(b_rb, b_h.to(DOT), input_precision=PRECISION)
-            b_hw *= b_fa[:, None]
-            b_hw = b_value - b_hw
-            b_hw = plus(b_hw, tl.dot(b_M, b_hw.to(DOT), input_precision=PRECISION))
-            tl.store(hw + (o_row[:, None] * V + o_v[None, :]), b_hw.to(hw.dtype.element_ty), mask=m_tv)
-            b_h = b_h * b_en
-            b_h = tl.dot(tl.trans(b_rb), (b_hw * b_fb[:, None]).to(DOT), b_h, input_precision=PRECISION)
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0)
+            # [BV, BT]
+            if DOT == tl.bfloat16:
+                b_vt = tl.dot(tl.trans(b_v.to(DOT)), b_one, input_precision=PRECISION)
+            else:
+                b_vt = tl.trans(b_v.to(tl.float32))
+            b_hw = b_vt * b_vf[None, :] - b_hw * b_fa[None, :]
+            # [BT, BT]
+            b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+            b_hw = tl.dot(b_hw.to(DOT), tl.trans(b_M), b_hw, input_precision=PRECISION)
+            store_columns(hw + ((i_b * T + i_t) * H + i_h) * V, b_hw.to(hw.dtype.element_ty), i_lo, i_lo + n_t, H * V, i_v, V, BV, BT)
+            b_h *= b_en
+            b_h = tl.dot((b_hw * b_fb[None, :]).to(DOT), b_rb, b_h, input_precision=PRECISION)
     else:
         # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
         b_h = tl.zeros([BV, BK], dtype=tl.float32)
         if h0 is not None:
             b_h = tl.load(h0 + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+        b_one = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0).to(DOT)
 
         # from one checkpoint to the next: a store inside the inner loop would take registers in each of its turns
         for i_l in range(i_start // LC, tl.cdiv(i_end, LC) if hc is not None else i_start // LC + 1):
@@ -359,7 +383,7 @@ def comba_fwd_kernel(
             if hc is not None:
                 i_next = tl.minimum(i_end, (i_l + 1) * LC)
                 i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                tl.store(hc + i_s * (K * V) + o_vk, b_h.to(hc.dtype.element_ty), mask=m_vk)
+                store_columns(hc + i_s * (K * V), b_h.to(hc.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
             for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
                 i_t = i_c * BT
                 i_lo = tl.maximum(i_start - i_t, 0)
@@ -375,45 +399,37 @@ def comba_fwd_kernel(
                 b_en = tl.load(en + i_s)
                 # [BT, BK]
                 b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
-                b_fa = tl.load(fs + 1 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-                # [BV, BT]
                 b_hd = b_h.to(DOT)
+                # [BV, BT]
                 b_hw = tl.dot(b_hd, tl.trans(b_rb), input_precision=PRECISION)
-                b_hw *= b_fa[None, :]
+                # [BT, BK]
+                b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+                b_o = tl.dot(b_hd, tl.trans(b_rq), input_precision=PRECISION)
+                b_fq, b_fa, b_fb, b_vf = columns(tl.load(fs + (o_t[:, None] * 4 + tl.arange(0, 4)[None, :]), mask=m_t[:, None], other=0.0), BT)
+                b_o *= b_fq[None, :]
                 # [BT, BV]
                 p_x = v + o_t[:, None] * v_st + o_v[None, :]
-                b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
-                # [BT]
-                b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
-                # [BT, BV]
-                b_value = tl.where(m_tv, b_v * b_beta[:, None], 0.0)
-                b_hw = tl.trans(b_value) - b_hw
+                b_v = tl.load(p_x, mask=m_tv, other=0.0)
+                # [BV, BT]
+                if DOT == tl.bfloat16:
+                    b_vt = tl.dot(tl.trans(b_v.to(DOT)), b_one, input_precision=PRECISION)
+                else:
+                    b_vt = tl.trans(b_v.to(tl.float32))
+                b_hw = b_vt * b_vf[None, :] - b_hw * b_fa[None, :]
                 # [BT, BT]
                 b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
                 b_hw = tl.dot(b_hw.to(DOT), tl.trans(b_M), b_hw, input_precision=PRECISION)
                 b_hwd = b_hw.to(DOT)
-                if hw is not None:
-                    tl.store(hw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_hw.to(hw.dtype.element_ty)), mask=m_tv)
-                b_fb = tl.load(fs + 2 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-                b_hw = (b_hw * b_fb[None, :]).to(DOT)
-                if o is not None:
-                    # [BT, BK]
-                    b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
-                    b_fq = tl.load(fs + 0 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-                    b_o = tl.dot(b_hd, tl.trans(b_rq), input_precision=PRECISION)
                 b_h *= b_en
-                b_h = tl.dot(b_hw, b_rb, b_h, input_precision=PRECISION)
-                if o is not None:
-                    b_o *= b_fq[None, :]
-                    # [BT, BT]
-                    b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
-                    b_o = tl.dot(b_hwd, tl.trans(b_A), b_o, input_precision=PRECISION)
-                    p_o = o + (o_row[:, None] * V + o_v[None, :])
-                    tl.store(p_o, tl.trans(b_o.to(o.dtype.element_ty)), mask=m_tv)
+                b_h = tl.dot((b_hw * b_fb[None, :]).to(DOT), b_rb, b_h, input_precision=PRECISION)
+                # [BT, BT]
+                b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+                b_o = tl.dot(b_hwd, tl.trans(b_A), b_o, input_precision=PRECISION)
+                store_columns(o + ((i_b * T + i_t) * H + i_h) * V, b_o.to(o.dtype.element_ty), i_lo, i_lo + n_t, H * V, i_v, V, BV, BT)
 
         if ht is not None:
             if is_last:
-                tl.store(ht + i_nh * (K * V) + o_vk, b_h.to(ht.dtype.element_ty), mask=m_vk)
+                store_columns(ht + i_nh * (K * V), b_h.to(ht.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
 
 
 # The adjoints of the state, backward in time: dhs, those at the ends of chunks, and dhw [B, T, H, V], (1 + M)^T times the gradient of what
@@ -425,7 +441,6 @@ def comba_bwd_state_kernel(
     A,
     rq,
     fs,
-    fs_sp,
     en,
     do,
     dhw,
@@ -468,6 +483,8 @@ def comba_bwd_state_kernel(
     i_nh = i_n * H + i_h
     k += i_b * k_sb
     k += (i_h // G_k) * k_sh
+    if fs is not None:
+        fs += (i_b * H + i_h) * T * 4
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -476,10 +493,11 @@ def comba_bwd_state_kernel(
     o_vk = o_k[None, :] * V + o_v[:, None]
     m_vk = m_v[:, None] & m_k[None, :]
 
-    # [BV, BK]: value channels are rows, as in the forward
+    # [BV, BK]
     b_dh = tl.zeros([BV, BK], dtype=tl.float32)
     if dht is not None:
         b_dh = tl.load(dht + (i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+    b_one = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0).to(DOT)
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
     for i in range(n_c):
@@ -494,34 +512,37 @@ def comba_bwd_state_kernel(
         o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        # [BT, BK]
-        b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
-        b_fq = tl.load(fs + 0 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+        i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
+        b_en = tl.load(en + i_s)
+        store_columns(dhs + i_s * (K * V), b_dh.to(dhs.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
         # [BT, BK]
         b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
-        b_fa = tl.load(fs + 1 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-        b_fb = tl.load(fs + 2 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-        # [BT, BT]
-        b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
-        b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+        # [BV, BT]
+        b_dhw = tl.dot(b_dh.to(DOT), tl.trans(b_rb), input_precision=PRECISION)
+        b_fq, b_fa, b_fb, b_vf = columns(tl.load(fs + (o_t[:, None] * 4 + tl.arange(0, 4)[None, :]), mask=m_t[:, None], other=0.0), BT)
+        b_dhw *= b_fb[None, :]
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
-        i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
-        b_en = tl.load(en + i_s)
-        tl.store(dhs + i_s * (K * V) + o_vk, b_dh.to(dhs.dtype.element_ty), mask=m_vk)
-        # [BV, BT]
-        b_dhw = tl.dot(b_dh.to(DOT), tl.trans(b_rb), input_precision=PRECISION)
-        b_dhw *= b_fb[None, :]
-        b_dhw = plus(b_dhw, tl.dot(tl.trans(b_do), b_A, input_precision=PRECISION))
+        # [BT, BT]
+        b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+        b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+        b_dhw = tl.dot(tl.trans(b_do), b_A, b_dhw, input_precision=PRECISION)
         b_dhw = tl.dot(b_dhw.to(DOT), b_M, b_dhw, input_precision=PRECISION)
-        tl.store(dhw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_dhw.to(dhw.dtype.element_ty)), mask=m_tv)
+        store_columns(dhw + ((i_b * T + i_t) * H + i_h) * V, b_dhw.to(dhw.dtype.element_ty), i_lo, i_lo + n_t, H * V, i_v, V, BV, BT)
         b_dh *= b_en
-        b_dh = tl.dot(tl.trans((b_do * b_fq[:, None]).to(DOT)), b_rq, b_dh, input_precision=PRECISION)
         b_dh = tl.dot((b_dhw * -b_fa[None, :]).to(DOT), b_rb, b_dh, input_precision=PRECISION)
+        # [BV, BT]
+        if DOT == tl.bfloat16:
+            b_dot = tl.dot(tl.trans(b_do.to(DOT)), b_one, input_precision=PRECISION)
+        else:
+            b_dot = tl.trans(b_do.to(tl.float32))
+        # [BT, BK]
+        b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        b_dh = tl.dot((b_dot * b_fq[None, :]).to(DOT), b_rq, b_dh, input_precision=PRECISION)
 
     if dh0 is not None:
-        tl.store(dh0 + i_nh * (K * V) + o_vk, b_dh.to(dh0.dtype.element_ty), mask=m_vk)
+        store_columns(dh0 + i_nh * (K * V), b_dh.to(dh0.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
 
 
 # All gradients. A program owns a chunk and a head; it has the states hs at the chunk's start and their adjoints dhs at its end, what
@@ -535,8 +556,8 @@ def comba_bwd_kernel(
     beta,
     b,
     d,
-    fs,
-    fs_sp,
+    fn,
+    fn_sp,
     do,
     hw,
     dhw,
@@ -642,7 +663,7 @@ def comba_bwd_kernel(
     b_e = tl.where(m_t, tl.sigmoid(b_b_) * b_beta, 0.0)
     b_on = tl.where(b_e == 0.0, 0.0, 1.0)
     b_ez = tl.where(b_e == 0.0, 1.0, b_e)
-    b_nb = tl.load(fs + 3 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+    b_nb = tl.load(fn + 0 * fn_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
     # [BT]
     b_ld = tl.where(m_t, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
     b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
@@ -724,7 +745,7 @@ def comba_bwd_kernel(
         b_h = tl.load(hs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
         # [BT, BV]
         p_v = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_v, mask=m_tv, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v, mask=m_tv, other=0.0)
         # [BT]
         b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
         # [BT, BV]
@@ -931,7 +952,7 @@ def comba_step_kernel(
         b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT]
         b_g = tl.load(g + o_t * g_st, mask=m_t, other=0.0).to(tl.float32)
         # [BT]
@@ -1025,15 +1046,17 @@ def intra(q, k, g, beta, b, d, cu_seqlens, scale, s, shape, kept=None):
     is_first = kept is None
     if is_first:
         kept = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", )}
-        kept["fs"] = torch.empty(4, B, T, H, dtype=torch.float32, device=like.device)
+        kept["fs"] = torch.empty(B, H, T, 4, dtype=torch.float32, device=like.device)
+        kept["fn"] = torch.empty(1, B, T, H, dtype=torch.float32, device=like.device)
         kept["en"] = torch.empty(chunks, H, dtype=torch.float32, device=like.device)
-    made = {x: made for x, made in kept.items()}
+    made = {x: made for x, made in kept.items() if x != "fn"}
     made |= {x: torch.empty(B, T, H, K, dtype=common, device=like.device) for x in ("rq", )}
-    made["fs_sp"] = B * T * H
     comba_intra_kernel[(chunks * H,)](
         q, k, g, beta, b, d,
         PAIRS=is_first,
         **made,
+        fn=kept["fn"],
+        fn_sp=B * T * H,
         cu_seqlens=cu_seqlens,
         scale=scale,
         q_sb=q.stride(0),
@@ -1076,12 +1099,12 @@ def intra(q, k, g, beta, b, d, cu_seqlens, scale, s, shape, kept=None):
     return made, kept
 
 
-def run(v, beta, k, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC):
+def run(v, k, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC):
     """The serial kernel: over whole sequences, L = 0, or over pieces of L tokens that begin with the states h0."""
     N, T, H, K, V, F = shape
     NP, rows = pieces(cu_seqlens, N, T, L) if L else (1, N)
     comba_fwd_kernel[(rows * H * triton.cdiv(V, t.BV),)](
-        v, beta, k,
+        v, k,
         **made,
         o=o,
         hw=hw,
@@ -1093,9 +1116,6 @@ def run(v, beta, k, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, 
         v_sb=v.stride(0),
         v_st=v.stride(1),
         v_sh=v.stride(2),
-        beta_sb=beta.stride(0),
-        beta_st=beta.stride(1),
-        beta_sh=beta.stride(2),
         k_sb=k.stride(0),
         k_st=k.stride(1),
         k_sh=k.stride(2),
@@ -1107,7 +1127,6 @@ def run(v, beta, k, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, 
         NC=-(-T // LC),
         NT=-(-T // t.BT),
         G_v=H // v.shape[2],
-        G_beta=H // beta.shape[2],
         G_k=H // k.shape[2],
         K=K,
         V=V,
@@ -1137,7 +1156,7 @@ def fwd(q, k, v, g, beta, b, d, h0, cu_seqlens, scale, s, final=False, save=Fals
     ht = state(N, H, F, V, like) if final else None
     hc = state(N * -(-T // s.LC) if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
     made, kept = intra(q, k, g, beta, b, d, cu_seqlens, scale, s, (B, T, H, K, N))
-    run(v, beta, k, made, o, None, h0, ht, hc, cu_seqlens, scale, s, s.fwd, (N, T, H, K, V, F), 0, s.LC)
+    run(v, k, made, o, None, h0, ht, hc, cu_seqlens, scale, s, s.fwd, (N, T, H, K, V, F), 0, s.LC)
     return o, ht, hc, *(kept.values() if save else ())
 
 
@@ -1171,12 +1190,12 @@ def bwd(q, k, v, g, beta, b, d, do, hc, kept, dht, cu_seqlens, scale, s, needs, 
     db = gradient(b, "h", needs[5])
     dd = gradient(d, "h", needs[6])
     dh0 = state(N, H, F, V, like) if initial else None
-    kept = dict(zip(("M", "A", "fs", "en", ), kept, strict=True))
+    kept = dict(zip(("M", "A", "fs", "fn", "en", ), kept, strict=True))
     made, _ = intra(q, k, g, beta, b, d, cu_seqlens, scale, s, (B, T, H, K, N), kept)
     common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
     hw, dhw = (torch.empty(B, T, H, V, dtype=common, device=like.device) for _ in range(2))
     hs, dhs = (state(chunks, H, F, V, like, common) for _ in range(2))
-    run(v, beta, k, made, None, hw, hc, None, hs, cu_seqlens, scale, s, s.rows, shape, s.LC, s.fwd.BT)
+    run(v, k, made, None, hw, hc, None, hs, cu_seqlens, scale, s, s.rows, shape, s.LC, s.fwd.BT)
     t = s.bwd
     comba_bwd_state_kernel[(N * H * triton.cdiv(V, t.BV),)](
         k,
@@ -1184,7 +1203,6 @@ def bwd(q, k, v, g, beta, b, d, do, hc, kept, dht, cu_seqlens, scale, s, needs, 
         A=made["A"],
         rq=made["rq"],
         fs=made["fs"],
-        fs_sp=made["fs_sp"],
         en=made["en"],
         do=do,
         dhw=dhw,
@@ -1221,8 +1239,8 @@ def bwd(q, k, v, g, beta, b, d, do, hc, kept, dht, cu_seqlens, scale, s, needs, 
     t = s.bwd_intra
     comba_bwd_kernel[(chunks * H,)](
         q, k, v, g, beta, b, d,
-        fs=made["fs"],
-        fs_sp=made["fs_sp"],
+        fn=kept["fn"],
+        fn_sp=B * T * H,
         do=do,
         hw=hw,
         dhw=dhw,

@@ -45,6 +45,21 @@ def plus(b_x, b_y):
 
 
 @triton.jit
+def packed(b_x, b_y, b_z, b_w, BT: tl.constexpr):
+    """Four numbers a row as a block [BT, 4]."""
+    return tl.reshape(tl.join(tl.join(b_x, b_z), tl.join(b_y, b_w)), [BT, 4])
+
+
+@triton.jit
+def columns(b_x, BT: tl.constexpr):
+    """The four columns of a block [BT, 4]."""
+    b_even, b_odd = tl.split(tl.reshape(b_x, [BT, 2, 2]))
+    b_x, b_z = tl.split(b_even)
+    b_y, b_w = tl.split(b_odd)
+    return b_x, b_y, b_z, b_w
+
+
+@triton.jit
 def unit_inverse(b_A, BT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """(1 + b_A)^-1 for b_A [BT, BT] with zeros on and above the diagonal, in fp32. Inverses of blocks of 1, 2, 4, .. rows are put
     together: that of [[X, 0], [A, Y]] has -Y^-1 A X^-1 in the corner. No power of b_A is ever formed.
@@ -59,8 +74,20 @@ def unit_inverse(b_A, BT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.cons
     return b_M
 
 
+@triton.jit
+def store_columns(p_x, b_x, i_lo, i_hi, stride, i_v, V: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr):
+    """A block [BV, BC] as rows of memory, BC of them `stride` apart of which those from i_lo to before i_hi count, with V value channels.
+
+    Of 16 x 16 elements each, so that what a warp stores is what it holds of a product: 32 bytes of a row.
+    """
+    b_x = tl.trans(tl.reshape(b_x, [BV // 16, 16, BC // 16, 16]), 3, 0, 2, 1)
+    o_c = tl.arange(0, 16)[:, None, None, None] + tl.arange(0, BC // 16)[None, None, :, None] * 16
+    o_v = i_v * BV + tl.arange(0, BV // 16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
+    tl.store(p_x + (o_c * stride + o_v), b_x, mask=(o_c >= i_lo) & (o_c < i_hi) & (o_v < V))
+
+
 # All that needs no state, so that the serial kernels are left with little to do for each chunk; a program owns a chunk and a head.
-# fs: what rows of q, a, b are multiplied by.
+# fs [B, H, T, 4]: what rows of query, a, b and the value are multiplied by. fn [2, B, T, H]: norms, as 1 over them.
 # Matrices [B, T, H, BT] of the pairs of tokens inside the chunk: With q, a, b the rows of query and erase, decayed in between: M = (1 + a b^T)^-1 - 1, A = scale q b^T.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def delta_net_intra_kernel(
@@ -70,7 +97,8 @@ def delta_net_intra_kernel(
     M,
     A,
     fs,
-    fs_sp,
+    fn,
+    fn_sp,
     cu_seqlens,
     scale,
     q_sb,
@@ -141,11 +169,12 @@ def delta_net_intra_kernel(
     b_unit1 *= b_norm_unit1[:, None]
     # [BT] and [BT, BK]
     b_e = tl.where(m_t, b_beta, 0.0)
-    tl.store(fs + 0 * fs_sp.to(tl.int64) + o_row, scale * b_norm_unit0, mask=m_t)
-    tl.store(fs + 1 * fs_sp.to(tl.int64) + o_row, b_e * b_norm_unit1, mask=m_t)
-    tl.store(fs + 2 * fs_sp.to(tl.int64) + o_row, b_norm_unit1, mask=m_t)
-    tl.store(fs + 3 * fs_sp.to(tl.int64) + o_row, b_norm_unit0, mask=m_t)
-    tl.store(fs + 4 * fs_sp.to(tl.int64) + o_row, b_norm_unit1, mask=m_t)
+    # [BT]: what is not multiplied by anything has the number of a
+    b_fa = b_e * b_norm_unit1
+    b_rows = packed(scale * b_norm_unit0, b_fa, b_norm_unit1, tl.where(m_t, b_beta, 0.0), BT)
+    tl.store(fs + (((i_b * H + i_h) * T + o_t)[:, None] * 4 + tl.arange(0, 4)[None, :]), b_rows, mask=m_t[:, None])
+    tl.store(fn + 0 * fn_sp.to(tl.int64) + o_row, b_norm_unit0, mask=m_t)
+    tl.store(fn + 1 * fn_sp.to(tl.int64) + o_row, b_norm_unit1, mask=m_t)
     # [BT, BT]
     b_D = tl.where(o_i[:, None] >= o_i[None, :], 1.0, 0.0)
     b_E = tl.where(o_i[:, None] > o_i[None, :], 1.0, 0.0)
@@ -167,13 +196,11 @@ def delta_net_intra_kernel(
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC", "NT"])
 def delta_net_fwd_kernel(
     v,
-    beta,
     q,
     k,
     M,
     A,
     fs,
-    fs_sp,
     o,
     hw,
     h0,
@@ -184,9 +211,6 @@ def delta_net_fwd_kernel(
     v_sb,
     v_st,
     v_sh,
-    beta_sb,
-    beta_st,
-    beta_sh,
     q_sb,
     q_st,
     q_sh,
@@ -201,7 +225,6 @@ def delta_net_fwd_kernel(
     NC,
     NT,
     G_v: tl.constexpr,
-    G_beta: tl.constexpr,
     G_q: tl.constexpr,
     G_k: tl.constexpr,
     K: tl.constexpr,
@@ -228,12 +251,12 @@ def delta_net_fwd_kernel(
     i_nh = i_n * H + i_h
     v += i_b * v_sb
     v += (i_h // G_v) * v_sh
-    beta += i_b * beta_sb
-    beta += (i_h // G_beta) * beta_sh
     q += i_b * q_sb
     q += (i_h // G_q) * q_sh
     k += i_b * k_sb
     k += (i_h // G_k) * k_sh
+    if fs is not None:
+        fs += (i_b * H + i_h) * T * 4
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -243,8 +266,9 @@ def delta_net_fwd_kernel(
     m_vk = m_v[:, None] & m_k[None, :]
 
     if o is None:
-        # [BK, BV]: the states before all chunks, from those that were kept. What rows are multiplied by takes fewer registers where tokens are rows
-        b_h = tl.load(h0 + i_ph * (K * V) + tl.trans(o_vk), mask=tl.trans(m_vk), other=0.0).to(tl.float32)
+        # [BV, BK]: the states before all chunks, from those that were kept
+        b_h = tl.load(h0 + (i_ph) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+        b_one = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0).to(DOT)
         for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
             i_t = i_c * BT
             i_lo = tl.maximum(i_start - i_t, 0)
@@ -256,33 +280,34 @@ def delta_net_fwd_kernel(
             o_row = (i_b * T + o_t) * H + i_h
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
-            i_s = (i_t // BT + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-            tl.store(hc + i_s * (K * V) + tl.trans(o_vk), b_h.to(hc.dtype.element_ty), mask=tl.trans(m_vk))
-            # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
-            # [BT]
-            b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
+            i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
+            store_columns(hc + i_s * (K * V), b_h.to(hc.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
             # [BT, BK]
             b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
-            b_fa = tl.load(fs + 1 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+            b_hd = b_h.to(DOT)
+            # [BV, BT]
+            b_hw = tl.dot(b_hd, tl.trans(b_rb), input_precision=PRECISION)
+            b_fq, b_fa, b_fb, b_vf = columns(tl.load(fs + (o_t[:, None] * 4 + tl.arange(0, 4)[None, :]), mask=m_t[:, None], other=0.0), BT)
+            # [BT, BV]
+            p_x = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x, mask=m_tv, other=0.0)
+            # [BV, BT]
+            if DOT == tl.bfloat16:
+                b_vt = tl.dot(tl.trans(b_v.to(DOT)), b_one, input_precision=PRECISION)
+            else:
+                b_vt = tl.trans(b_v.to(tl.float32))
+            b_hw = b_vt * b_vf[None, :] - b_hw * b_fa[None, :]
             # [BT, BT]
             b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
-            b_fb = tl.load(fs + 2 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-            # [BT, BV]
-            b_value = tl.where(m_tv, b_v * b_beta[:, None], 0.0)
-            # [BT, BV]
-            b_hw = tl.dot(b_rb, b_h.to(DOT), input_precision=PRECISION)
-            b_hw *= b_fa[:, None]
-            b_hw = b_value - b_hw
-            b_hw = plus(b_hw, tl.dot(b_M, b_hw.to(DOT), input_precision=PRECISION))
-            tl.store(hw + (o_row[:, None] * V + o_v[None, :]), b_hw.to(hw.dtype.element_ty), mask=m_tv)
-            b_h = tl.dot(tl.trans(b_rb), (b_hw * b_fb[:, None]).to(DOT), b_h, input_precision=PRECISION)
+            b_hw = tl.dot(b_hw.to(DOT), tl.trans(b_M), b_hw, input_precision=PRECISION)
+            store_columns(hw + ((i_b * T + i_t) * H + i_h) * V, b_hw.to(hw.dtype.element_ty), i_lo, i_lo + n_t, H * V, i_v, V, BV, BT)
+            b_h = tl.dot((b_hw * b_fb[None, :]).to(DOT), b_rb, b_h, input_precision=PRECISION)
     else:
         # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
         b_h = tl.zeros([BV, BK], dtype=tl.float32)
         if h0 is not None:
             b_h = tl.load(h0 + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+        b_one = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0).to(DOT)
 
         # from one checkpoint to the next: a store inside the inner loop would take registers in each of its turns
         for i_l in range(i_start // LC, tl.cdiv(i_end, LC) if hc is not None else i_start // LC + 1):
@@ -290,7 +315,7 @@ def delta_net_fwd_kernel(
             if hc is not None:
                 i_next = tl.minimum(i_end, (i_l + 1) * LC)
                 i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-                tl.store(hc + i_s * (K * V) + o_vk, b_h.to(hc.dtype.element_ty), mask=m_vk)
+                store_columns(hc + i_s * (K * V), b_h.to(hc.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
             for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
                 i_t = i_c * BT
                 i_lo = tl.maximum(i_start - i_t, 0)
@@ -304,44 +329,36 @@ def delta_net_fwd_kernel(
                 m_tv = m_t[:, None] & m_v[None, :]
                 # [BT, BK]
                 b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
-                b_fa = tl.load(fs + 1 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-                # [BV, BT]
                 b_hd = b_h.to(DOT)
+                # [BV, BT]
                 b_hw = tl.dot(b_hd, tl.trans(b_rb), input_precision=PRECISION)
-                b_hw *= b_fa[None, :]
+                # [BT, BK]
+                b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+                b_o = tl.dot(b_hd, tl.trans(b_rq), input_precision=PRECISION)
+                b_fq, b_fa, b_fb, b_vf = columns(tl.load(fs + (o_t[:, None] * 4 + tl.arange(0, 4)[None, :]), mask=m_t[:, None], other=0.0), BT)
+                b_o *= b_fq[None, :]
                 # [BT, BV]
                 p_x = v + o_t[:, None] * v_st + o_v[None, :]
-                b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
-                # [BT]
-                b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
-                # [BT, BV]
-                b_value = tl.where(m_tv, b_v * b_beta[:, None], 0.0)
-                b_hw = tl.trans(b_value) - b_hw
+                b_v = tl.load(p_x, mask=m_tv, other=0.0)
+                # [BV, BT]
+                if DOT == tl.bfloat16:
+                    b_vt = tl.dot(tl.trans(b_v.to(DOT)), b_one, input_precision=PRECISION)
+                else:
+                    b_vt = tl.trans(b_v.to(tl.float32))
+                b_hw = b_vt * b_vf[None, :] - b_hw * b_fa[None, :]
                 # [BT, BT]
                 b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
                 b_hw = tl.dot(b_hw.to(DOT), tl.trans(b_M), b_hw, input_precision=PRECISION)
                 b_hwd = b_hw.to(DOT)
-                if hw is not None:
-                    tl.store(hw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_hw.to(hw.dtype.element_ty)), mask=m_tv)
-                b_fb = tl.load(fs + 2 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-                b_hw = (b_hw * b_fb[None, :]).to(DOT)
-                if o is not None:
-                    # [BT, BK]
-                    b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
-                    b_fq = tl.load(fs + 0 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-                    b_o = tl.dot(b_hd, tl.trans(b_rq), input_precision=PRECISION)
-                b_h = tl.dot(b_hw, b_rb, b_h, input_precision=PRECISION)
-                if o is not None:
-                    b_o *= b_fq[None, :]
-                    # [BT, BT]
-                    b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
-                    b_o = tl.dot(b_hwd, tl.trans(b_A), b_o, input_precision=PRECISION)
-                    p_o = o + (o_row[:, None] * V + o_v[None, :])
-                    tl.store(p_o, tl.trans(b_o.to(o.dtype.element_ty)), mask=m_tv)
+                b_h = tl.dot((b_hw * b_fb[None, :]).to(DOT), b_rb, b_h, input_precision=PRECISION)
+                # [BT, BT]
+                b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+                b_o = tl.dot(b_hwd, tl.trans(b_A), b_o, input_precision=PRECISION)
+                store_columns(o + ((i_b * T + i_t) * H + i_h) * V, b_o.to(o.dtype.element_ty), i_lo, i_lo + n_t, H * V, i_v, V, BV, BT)
 
         if ht is not None:
             if is_last:
-                tl.store(ht + i_nh * (K * V) + o_vk, b_h.to(ht.dtype.element_ty), mask=m_vk)
+                store_columns(ht + i_nh * (K * V), b_h.to(ht.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
 
 
 # The adjoints of the state, backward in time: dhs, those at the ends of chunks, and dhw [B, T, H, V], (1 + M)^T times the gradient of what
@@ -353,7 +370,6 @@ def delta_net_bwd_state_kernel(
     M,
     A,
     fs,
-    fs_sp,
     do,
     dhw,
     dht,
@@ -401,6 +417,8 @@ def delta_net_bwd_state_kernel(
     q += (i_h // G_q) * q_sh
     k += i_b * k_sb
     k += (i_h // G_k) * k_sh
+    if fs is not None:
+        fs += (i_b * H + i_h) * T * 4
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -409,10 +427,11 @@ def delta_net_bwd_state_kernel(
     o_vk = o_k[None, :] * V + o_v[:, None]
     m_vk = m_v[:, None] & m_k[None, :]
 
-    # [BV, BK]: value channels are rows, as in the forward
+    # [BV, BK]
     b_dh = tl.zeros([BV, BK], dtype=tl.float32)
     if dht is not None:
         b_dh = tl.load(dht + (i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+    b_one = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0).to(DOT)
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
     for i in range(n_c):
@@ -427,32 +446,35 @@ def delta_net_bwd_state_kernel(
         o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        # [BT, BK]
-        b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
-        b_fq = tl.load(fs + 0 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+        i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
+        store_columns(dhs + i_s * (K * V), b_dh.to(dhs.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
         # [BT, BK]
         b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
-        b_fa = tl.load(fs + 1 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-        b_fb = tl.load(fs + 2 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-        # [BT, BT]
-        b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
-        b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+        # [BV, BT]
+        b_dhw = tl.dot(b_dh.to(DOT), tl.trans(b_rb), input_precision=PRECISION)
+        b_fq, b_fa, b_fb, b_vf = columns(tl.load(fs + (o_t[:, None] * 4 + tl.arange(0, 4)[None, :]), mask=m_t[:, None], other=0.0), BT)
+        b_dhw *= b_fb[None, :]
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
-        i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
-        tl.store(dhs + i_s * (K * V) + o_vk, b_dh.to(dhs.dtype.element_ty), mask=m_vk)
-        # [BV, BT]
-        b_dhw = tl.dot(b_dh.to(DOT), tl.trans(b_rb), input_precision=PRECISION)
-        b_dhw *= b_fb[None, :]
-        b_dhw = plus(b_dhw, tl.dot(tl.trans(b_do), b_A, input_precision=PRECISION))
+        # [BT, BT]
+        b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+        b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
+        b_dhw = tl.dot(tl.trans(b_do), b_A, b_dhw, input_precision=PRECISION)
         b_dhw = tl.dot(b_dhw.to(DOT), b_M, b_dhw, input_precision=PRECISION)
-        tl.store(dhw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_dhw.to(dhw.dtype.element_ty)), mask=m_tv)
-        b_dh = tl.dot(tl.trans((b_do * b_fq[:, None]).to(DOT)), b_rq, b_dh, input_precision=PRECISION)
+        store_columns(dhw + ((i_b * T + i_t) * H + i_h) * V, b_dhw.to(dhw.dtype.element_ty), i_lo, i_lo + n_t, H * V, i_v, V, BV, BT)
         b_dh = tl.dot((b_dhw * -b_fa[None, :]).to(DOT), b_rb, b_dh, input_precision=PRECISION)
+        # [BV, BT]
+        if DOT == tl.bfloat16:
+            b_dot = tl.dot(tl.trans(b_do.to(DOT)), b_one, input_precision=PRECISION)
+        else:
+            b_dot = tl.trans(b_do.to(tl.float32))
+        # [BT, BK]
+        b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+        b_dh = tl.dot((b_dot * b_fq[None, :]).to(DOT), b_rq, b_dh, input_precision=PRECISION)
 
     if dh0 is not None:
-        tl.store(dh0 + i_nh * (K * V) + o_vk, b_dh.to(dh0.dtype.element_ty), mask=m_vk)
+        store_columns(dh0 + i_nh * (K * V), b_dh.to(dh0.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
 
 
 # All gradients. A program owns a chunk and a head; it has the states hs at the chunk's start and their adjoints dhs at its end, what
@@ -463,8 +485,8 @@ def delta_net_bwd_kernel(
     k,
     v,
     beta,
-    fs,
-    fs_sp,
+    fn,
+    fn_sp,
     do,
     hw,
     dhw,
@@ -546,8 +568,8 @@ def delta_net_bwd_kernel(
     b_e = tl.where(m_t, b_beta, 0.0)
     b_on = tl.where(b_e == 0.0, 0.0, 1.0)
     b_ez = tl.where(b_e == 0.0, 1.0, b_e)
-    b_nq = tl.load(fs + 3 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-    b_nb = tl.load(fs + 4 * fs_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+    b_nq = tl.load(fn + 0 * fn_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
+    b_nb = tl.load(fn + 1 * fn_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
 
 
     # gradients of scale q b^T [BT, BT] and of the query by the first state [BT, BK]
@@ -598,7 +620,7 @@ def delta_net_bwd_kernel(
         b_h = tl.load(hs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
         # [BT, BV]
         p_v = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_v, mask=m_tv, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v, mask=m_tv, other=0.0)
         # [BT]
         b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
         # [BT, BV]
@@ -732,7 +754,7 @@ def delta_net_step_kernel(
         b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
         # [BT, BV]
         p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT]
         b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
         # [BT, BK] and [BT]
@@ -816,14 +838,16 @@ def intra(q, k, beta, cu_seqlens, scale, s, shape, kept=None):
     is_first = kept is None
     if is_first:
         kept = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", )}
-        kept["fs"] = torch.empty(5, B, T, H, dtype=torch.float32, device=like.device)
-    made = {x: made for x, made in kept.items()}
-    made["fs_sp"] = B * T * H
+        kept["fs"] = torch.empty(B, H, T, 4, dtype=torch.float32, device=like.device)
+        kept["fn"] = torch.empty(2, B, T, H, dtype=torch.float32, device=like.device)
+    made = {x: made for x, made in kept.items() if x != "fn"}
     if not is_first:
         return made, kept
     delta_net_intra_kernel[(chunks * H,)](
         q, k, beta,
         **made,
+        fn=kept["fn"],
+        fn_sp=B * T * H,
         cu_seqlens=cu_seqlens,
         scale=scale,
         q_sb=q.stride(0),
@@ -858,12 +882,12 @@ def intra(q, k, beta, cu_seqlens, scale, s, shape, kept=None):
     return made, kept
 
 
-def run(v, beta, q, k, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC):
+def run(v, q, k, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC):
     """The serial kernel: over whole sequences, L = 0, or over pieces of L tokens that begin with the states h0."""
     N, T, H, K, V, F = shape
     NP, rows = pieces(cu_seqlens, N, T, L) if L else (1, N)
     delta_net_fwd_kernel[(rows * H * triton.cdiv(V, t.BV),)](
-        v, beta, q, k,
+        v, q, k,
         **made,
         o=o,
         hw=hw,
@@ -875,9 +899,6 @@ def run(v, beta, q, k, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, 
         v_sb=v.stride(0),
         v_st=v.stride(1),
         v_sh=v.stride(2),
-        beta_sb=beta.stride(0),
-        beta_st=beta.stride(1),
-        beta_sh=beta.stride(2),
         q_sb=q.stride(0),
         q_st=q.stride(1),
         q_sh=q.stride(2),
@@ -892,7 +913,6 @@ def run(v, beta, q, k, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, 
         NC=-(-T // LC),
         NT=-(-T // t.BT),
         G_v=H // v.shape[2],
-        G_beta=H // beta.shape[2],
         G_q=H // q.shape[2],
         G_k=H // k.shape[2],
         K=K,
@@ -923,7 +943,7 @@ def fwd(q, k, v, beta, h0, cu_seqlens, scale, s, final=False, save=False):
     ht = state(N, H, F, V, like) if final else None
     hc = state(N * -(-T // s.LC) if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
     made, kept = intra(q, k, beta, cu_seqlens, scale, s, (B, T, H, K, N))
-    run(v, beta, q, k, made, o, None, h0, ht, hc, cu_seqlens, scale, s, s.fwd, (N, T, H, K, V, F), 0, s.LC)
+    run(v, q, k, made, o, None, h0, ht, hc, cu_seqlens, scale, s, s.fwd, (N, T, H, K, V, F), 0, s.LC)
     return o, ht, hc, *(kept.values() if save else ())
 
 
@@ -954,19 +974,18 @@ def bwd(q, k, v, beta, do, hc, kept, dht, cu_seqlens, scale, s, needs, initial=F
     dv = gradient(v, "bthv", needs[2])
     dbeta = gradient(beta, "bth", needs[3])
     dh0 = state(N, H, F, V, like) if initial else None
-    kept = dict(zip(("M", "A", "fs", ), kept, strict=True))
+    kept = dict(zip(("M", "A", "fs", "fn", ), kept, strict=True))
     made, _ = intra(q, k, beta, cu_seqlens, scale, s, (B, T, H, K, N), kept)
     common = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32  # what is made for products
     hw, dhw = (torch.empty(B, T, H, V, dtype=common, device=like.device) for _ in range(2))
     hs, dhs = (state(chunks, H, F, V, like, common) for _ in range(2))
-    run(v, beta, q, k, made, None, hw, hc, None, hs, cu_seqlens, scale, s, s.rows, shape, s.LC, s.fwd.BT)
+    run(v, q, k, made, None, hw, hc, None, hs, cu_seqlens, scale, s, s.rows, shape, s.LC, s.fwd.BT)
     t = s.bwd
     delta_net_bwd_state_kernel[(N * H * triton.cdiv(V, t.BV),)](
         q, k,
         M=made["M"],
         A=made["A"],
         fs=made["fs"],
-        fs_sp=made["fs_sp"],
         do=do,
         dhw=dhw,
         dht=dht,
@@ -1006,8 +1025,8 @@ def bwd(q, k, v, beta, do, hc, kept, dht, cu_seqlens, scale, s, needs, initial=F
     t = s.bwd_intra
     delta_net_bwd_kernel[(chunks * H,)](
         q, k, v, beta,
-        fs=made["fs"],
-        fs_sp=made["fs_sp"],
+        fn=kept["fn"],
+        fn_sp=B * T * H,
         do=do,
         hw=hw,
         dhw=dhw,

@@ -526,8 +526,8 @@ def kda_fwd_kernel(
             b_en = tl.load(en + i_s * K + o_k, mask=m_k, other=0.0)
             # [BT, BK]
             b_ra = tl.load(ra + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
-            # [BV, BT]
             b_hd = b_h.to(DOT)
+            # [BV, BT]
             b_hw = tl.dot(b_hd, tl.trans(b_ra), input_precision=PRECISION)
             # [BT, BV]
             p_x = v + o_t[:, None] * v_st + o_v[None, :]
@@ -545,13 +545,12 @@ def kda_fwd_kernel(
                 tl.store(hw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_hw.to(hw.dtype.element_ty)), mask=m_tv)
             # [BT, BK]
             b_rb = tl.load(rb + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
-            b_hw = b_hwd
             if o is not None:
                 # [BT, BK]
                 b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
                 b_o = tl.dot(b_hd, tl.trans(b_rq), input_precision=PRECISION)
             b_h *= b_en[None, :]
-            b_h = tl.dot(b_hw, b_rb, b_h, input_precision=PRECISION)
+            b_h = tl.dot(b_hwd, b_rb, b_h, input_precision=PRECISION)
             if o is not None:
                 # [BT, BT]
                 b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
