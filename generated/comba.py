@@ -84,8 +84,11 @@ def unit_inverse(b_A, BT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.cons
     o_i = tl.arange(0, BT)
     m_pair = ((o_i[:, None] >> 1) == (o_i[None, :] >> 1)) & (o_i[:, None] > o_i[None, :])
     b_M = tl.where(o_i[:, None] == o_i[None, :], 1.0, tl.where(m_pair, -b_A, 0.0))
+    # also where it is not a number above the diagonal
+    b_A = tl.where(o_i[:, None] > o_i[None, :], b_A, 0.0)
     for i in range(1, LEVELS):
-        m_pair = ((o_i[:, None] >> (i + 1)) == (o_i[None, :] >> (i + 1))) & ((o_i[:, None] >> i) > (o_i[None, :] >> i))
+        # the first bit in which two rows differ is i
+        m_pair = ((o_i[:, None] ^ o_i[None, :]) & -(1 << i)) == (1 << i)
         b_corner = tl.dot(b_M, tl.where(m_pair, b_A, 0.0), input_precision=PRECISION)
         b_M -= tl.dot(b_corner, b_M, input_precision=PRECISION)
     return b_M
