@@ -19,8 +19,8 @@ _PACKAGE = Path(__file__).parent
 # modules that no generated text depends on; every other one is part of the key, so that a new module never is forgotten
 NOT_SHAPING = (
     "__init__", "__main__", "bench*", "cache", "cache_key", "checks", "cli*", "compare", "compiler",
-    "config", "cost*", "demo*", "fuzz*", "kinks", "load", "logs", "op", "op_*", "private", "reference*", "samples",
-    "schedule*", "testing*", "torch_*", "triton_*", "tuned*",
+    "config", "cost*", "demo*", "fuzz*", "kept", "kinks", "load", "logs", "op", "op_*", "private", "reference*",
+    "samples", "schedule*", "testing*", "torch_*", "triton_*", "tuned*",
 )  # fmt: skip
 # the distributions that a version is looked for in
 _DISTRIBUTIONS = {

@@ -162,7 +162,7 @@ OWN_BLOCKS = frozenset(
     with2 zq zt a b e hw dhw M B C E dB dC dD dar dbd dkd ea xa xw or ol late early corner rq ra rb rk fa fb za zb
     zkey ce vf rn wt nz kz ones dw row rest last sums even odd
     da db derase derase_a derase_b pA pB pC pD
-    on ez nq nb xz rkey hd hwd qdi kdi tn aq ak ce se zri zli dqdr dqdi dkdr dkdi ally es one rows
+    on ez nq nb xz rkey hd hwd qdi kdi tn aq ak ce se zri zli dqdr dqdi dkdr dkdi ally es one rows gn_ahead tn_ahead
     dfar qfar kfar kfari xlfar ylfar
     """.split()  # noqa: SIM905
 )

@@ -467,13 +467,13 @@ def delta_net_bwd_state_kernel(
         b_dhw = tl.dot(b_dhw.to(DOT), b_M, b_dhw, input_precision=PRECISION)
         store_columns(dhw + ((i_b * T + i_t) * H + i_h) * V, b_dhw.to(dhw.dtype.element_ty), i_lo, i_lo + n_t, H * V, i_v, V, BV, BT)
         b_dh = tl.dot((b_dhw * -b_fa[None, :]).to(DOT), b_rb, b_dh, input_precision=PRECISION)
+        # [BT, BK]
+        b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
         # [BV, BT]
         if DOT == tl.bfloat16:
             b_dot = tl.dot(tl.trans(b_do.to(DOT)), b_one, input_precision=PRECISION)
         else:
             b_dot = tl.trans(b_do.to(tl.float32))
-        # [BT, BK]
-        b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
         b_dh = tl.dot((b_dot * b_fq[None, :]).to(DOT), b_rq, b_dh, input_precision=PRECISION)
 
     if dh0 is not None:

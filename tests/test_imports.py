@@ -40,6 +40,7 @@ LAYERS = (
     ("cache_key", "cache"),
     ("load",),
     ("schedule", "schedule_*"),
+    ("kept",),
     ("tuned_tables",),
     ("torch_*",),
     ("triton_*",),
@@ -153,8 +154,8 @@ def outside(tree: ast.AST) -> set[str]:
 
 STANDARD = set(sys.stdlib_module_names)
 TORCH_MODULES = (
-    "torch_*", "triton_*", "schedule*", "reference", "samples", "compare", "kinks", "testing", "checks", "op", "op_*",
-    "demo*", "cli_*", "fuzz*", "cost*", "bench*", "tuned*",
+    "torch_*", "triton_*", "schedule*", "kept", "reference", "samples", "compare", "kinks", "testing", "checks", "op",
+    "op_*", "demo*", "cli_*", "fuzz*", "cost*", "bench*", "tuned*",
 )  # fmt: skip
 HYPOTHESIS = ("fuzz_exprs", "fuzz_specs", "fuzz_hunt")  # which `flagen fuzz` alone needs
 
