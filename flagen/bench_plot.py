@@ -70,11 +70,11 @@ def _shares(axes: list[Axes], rows: Sequence[Row]) -> None:
                 mine = [one.floor for one in here if one.library == "flagen"]
                 if others and mine:
                     axis.plot(place, 100 * mine[-1] / min(others), "k_", markersize=10, markeredgewidth=2)
-        axis.set_xticks(range(len(specs)), specs)
+        axis.set_xticks(range(len(specs)), specs, rotation=25, ha="right")
         axis.set_ylabel("share of the memory floor, %")
         axis.set_title(f"{TITLES[what]} (bars: flagen; lines: the best of the peers)")
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(ncols=6, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    axes[0].legend(ncols=6, fontsize="small", loc="upper center")
 
 
 def _series_rows(rows: Sequence[Row]) -> list[Row]:

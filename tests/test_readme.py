@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import flagen
-from flagen import Input, config, demo_example, specs
+from flagen import Input, bench_report, config, demo_example, specs
 from flagen.__main__ import parser
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -50,6 +51,12 @@ def test_every_model_is_in_the_table_as_it_ships():
         assert eval(text, names) == spec, name
 
 
+def test_speeds_are_those_that_were_measured():
+    rows = bench_report.latest(bench_report.read([ROOT / "benchmarks" / "results" / "h100.csv"]))
+    table = README.split("## Speed\n")[1].split("\n## ")[0]
+    assert [line for line in table.splitlines() if line.startswith("|")] == bench_report.markdown(rows)
+
+
 def test_every_variable_is_in_the_table():
     assert re.findall(r"^\| `(FLAGEN_\w+)` \|", README, flags=re.MULTILINE) == [one.name for one in config.VARIABLES]
 
@@ -74,4 +81,4 @@ def test_links_lead_to_headings():
 
 def test_links_lead_to_files():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (Path(__file__).parent.parent / target).exists(), target
+        assert (ROOT / target).exists(), target
