@@ -28,7 +28,7 @@ _RANK = list(BYTES)
 _SPECIAL = frozenset(
     ("exp", "exp2", "log", "log2", "sin", "cos", "sqrt", "rsqrt", "sqrt_rn", "sigmoid", "div_rn", "erf")
 )
-_PLAIN = frozenset(("abs", "floor", "ceil"))
+_PLAIN = frozenset(("abs", "floor", "ceil", "fma"))
 _RANGES = ("range", "tl.range", "tl.static_range")
 _SCALAR: dict[str, Callable[..., Any]] = {"maximum": max, "minimum": min, "cdiv": lambda a, b: -(-a // b)}
 _BINARY = {
