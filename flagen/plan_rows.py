@@ -117,7 +117,8 @@ def written(plan: Plan) -> str:
 def packs(plan: Plan) -> bool:
     """Whether bf16 rows are multiplied by factors two numbers at a time, and factors of products stand in additions.
 
-    Where decays are the data's, such kernels ended in a bad address on Hopper with Triton 3.6, for states of 64 x 64.
+    Where decays are the data's it was tried, with other changes at once, and ended in a bad address on Hopper with
+    Triton 3.6, for states of 64 x 64.
     """
     return swept(plan) and not prepared(plan)
 
