@@ -236,6 +236,7 @@ class Runner:
         units: list[Unit | PeerUnit] = [
             PeerUnit(library, name, call, size, *last)
             for library in settings.against
+            if library != "sdpa"  # which compiles nothing
             # a peer compiles anew for other heads and channels, not for other lengths
             for (name, _), size in {(spec.name, size[2:]): size for spec, size in pairs if size[1] > 1}.items()
             for call in peers.calls(library, name)

@@ -621,7 +621,7 @@ def test_peers_are_called_before_in_processes(pretended, monkeypatch):
     monkeypatch.setattr(peers, "calls", lambda library, spec: {"chunk": make} if spec == "gla" else {})
     monkeypatch.setattr(bench_run.cli_pool, "run", lambda work, units, jobs: iter([(x, work(x)[0]) for x in units]))
     monkeypatch.setattr(bench_compile, "compile_unit", lambda unit: (1, True))
-    made, _ = runner((), jobs=3, against=("fla",))
+    made, _ = runner((), jobs=3, against=("fla", "sdpa"))
     made.say = asked.append
     sizes = ((1, 9000, 3, 16, 16), (2, 100, 3, 16, 16), (1, 70, 5, 16, 16), (9, 1, 3, 16, 16))
     made.run([specs.get("gla"), specs.get("based")], {str(x): Shape.dense(*x) for x in sizes})
