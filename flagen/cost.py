@@ -17,11 +17,12 @@ kernel that wants more than REGISTERS registers a thread (cost_registers.py) spi
 SPILL for each 32 of them.
 
 The six were fitted to the forward and the forward + backward of all shipped specs at three large shapes in bf16,
-measured on an H200 with Triton 3.6 (benchmarks/results/h200-large.csv): of these 114 estimates all but one are between
-0.67 and 1.43 times what was measured; hgrn's at 2,16384,16,128, forward and backward, is 0.45 times. Copy bandwidth and
-rate of products of the H100 were measured, and the H200's copy bandwidth is a bench's own; those of other devices are
-data sheets' times about the same shares. Everything else is an estimate. benchmarks/calibrate.py fits the six anew to
-rows of `flagen bench`.
+measured on an H200 with Triton 3.6 (benchmarks/results/h200-large.csv), and not anew since. Of an H100's 112 rows
+(benchmarks/results/h100.csv) 108 estimates are between 0.72 and 1.39 times what was measured, as calibrate.py's column
+"now" shows; linear's forward is 1.69 to 1.84 times, hgrn's forward and backward at 2,16384,16,128 0.42 times. Copy
+bandwidth and rate of products of the H100 were measured, and the H200's copy bandwidth is a bench's own; those of other
+devices are data sheets' times about the same shares. Everything else is an estimate. benchmarks/calibrate.py fits the
+six anew to rows of `flagen bench`.
 """
 
 from __future__ import annotations
