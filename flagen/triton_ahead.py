@@ -9,6 +9,7 @@ does not find is compiled there, as ever.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,6 +21,8 @@ from torch import Tensor
 from .triton_record import collecting
 
 THREADS = 8
+
+_logger = logging.getLogger("flagen.code")
 
 
 class Ahead:
@@ -58,9 +61,12 @@ def like(x: Tensor | None) -> Tensor | None:
 
 
 def _compile(index: int, kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-    with contextlib.suppress(Exception), _on(index):
-        compiled = kernel.warmup(*args, grid=(1,), **named)
-        _ = compiled.run  # loads it, and makes its launcher
+    try:
+        with _on(index):
+            compiled = kernel.warmup(*args, grid=(1,), **named)
+            _ = compiled.run  # loads it, and makes its launcher
+    except Exception as error:  # if it is no accident, the launch says it again
+        _logger.debug("not compiled ahead: %s: %s: %s", kernel.__name__, type(error).__name__, error)
 
 
 @contextlib.contextmanager
