@@ -22,9 +22,11 @@ from flagen.bench_report import latest, read
 from flagen.bench_run import DTYPES
 from flagen.schedule import Shape
 
-# what each constant may be: clocks, clocks, a share, registers, a slope, a share of what is counted, maybe too much
-LIMITS = cost.Constants(*zip((50.0, 50.0, 0.2, 180.0, 0.0, 0.5), (3000.0, 5000.0, 1.0, 256.0, 3.0, 4.0), strict=True))
-STARTS, STEPS, STEP = 8, 600, 0.08
+# what each constant may be: clocks, clocks, a share, registers, a slope, two shares of what is counted, maybe too much
+LIMITS = cost.Constants(
+    *zip((50.0, 5.0, 0.2, 180.0, 0.0, 0.5, 0.5), (3000.0, 1000.0, 1.0, 256.0, 3.0, 4.0, 4.0), strict=True)
+)
+STARTS, STEPS, STEP = 4, 3000, 0.05
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,22 +7,21 @@ touches, once each, but for scratch that is written over and over and does not f
 or the largest of
 
     memory: its bytes at the device's copy bandwidth;
-    chain: by the rounds of programs, PRODUCT for each product and REDUCTION for each reduction of a program, one after
-        the other, and the program's issue slots;
+    chain: by the rounds of programs, PRODUCT for each product and REDUCTION for each step of the reductions of a
+        program, one after the other, and the program's issue slots;
     issue: by the rounds of programs, the issue slots of those that share a multiprocessor.
 
 Slots are spent on elementwise operations, at ISSUE of the rate of the multiprocessor, or at PLAIN of it in kernels
-without products, which have no operands to bring into place, and on products, at the rate measured for large ones. A
-kernel that wants more than REGISTERS registers a thread (cost_registers.py) spills, which makes its slots dearer by
-SPILL for each 32 of them.
+without products, which have no operands to bring into place, on exponentials, at SPECIAL of the rate of their own unit,
+which works beside the others, and on products, at the rate measured for large ones. A kernel that wants more than
+REGISTERS registers a thread (cost_registers.py) spills, which makes its slots dearer by SPILL for each 32 of them.
 
-The six were fitted to the forward and the forward + backward of all shipped specs at three large shapes in bf16,
-measured on an H200 with Triton 3.6 (benchmarks/results/h200-large.csv), and not anew since. Of an H100's 112 rows
-(benchmarks/results/h100.csv) 108 estimates are between 0.72 and 1.39 times what was measured, as calibrate.py's column
-"now" shows; linear's forward is 1.69 to 1.84 times, hgrn's forward and backward at 2,16384,16,128 0.42 times. Copy
+The seven were fitted by benchmarks/calibrate.py to the forward and the forward + backward of all shipped specs at large
+shapes in bf16, measured on an H100 with Triton 3.6 (benchmarks/results/h100.csv): of its 112 estimates 111 are between
+0.72 and 1.45 times what was measured, as calibrate.py's column "now" shows; hgrn's forward and backward at
+2,16384,16,128 is 0.42 times, whose kernels take less than half of the time by a profiler, and was left out. Copy
 bandwidth and rate of products of the H100 were measured, and the H200's copy bandwidth is a bench's own; those of other
-devices are data sheets' times about the same shares. Everything else is an estimate. benchmarks/calibrate.py fits the
-six anew to rows of `flagen bench`.
+devices are data sheets' times about the same shares. Everything else is an estimate.
 """
 
 from __future__ import annotations
@@ -52,24 +51,22 @@ if TYPE_CHECKING:
     from .spec import Spec
 
 WARP, LANES, SPECIAL_LANES = 32, 128, 16  # elements per clock of a multiprocessor: elementwise, and exponentials
-REGISTER_FILE, MOST_WARPS, MOST_REGISTERS = (
-    65536,
-    64,
-    255,
-)  # 32-bit registers and warps of a multiprocessor; of a thread
+REGISTER_FILE, MOST_WARPS = 65536, 64  # of a multiprocessor: 32-bit registers and warps
+MOST_REGISTERS = 255  # of a thread
 OWN_REGISTERS = 40  # of a thread beside its blocks: addresses, masks, counters
 
 
 class Constants(NamedTuple):
-    """PRODUCT, REDUCTION: clocks; ISSUE, PLAIN: shares; REGISTERS: of a thread, as cost_registers counts; SPILL: a
-    slope."""
+    """PRODUCT, REDUCTION: clocks; ISSUE, PLAIN, SPECIAL: shares; REGISTERS: of a thread, as cost_registers counts;
+    SPILL: a slope."""
 
-    PRODUCT: float = 283.0
-    REDUCTION: float = 987.0
-    ISSUE: float = 0.512
-    REGISTERS: float = 180.0
-    SPILL: float = 0.15
-    PLAIN: float = 2.17
+    PRODUCT: float = 181.4
+    REDUCTION: float = 261.8
+    ISSUE: float = 0.5144
+    REGISTERS: float = 219.5
+    SPILL: float = 0.5235
+    PLAIN: float = 1.011
+    SPECIAL: float = 4.0
 
 
 FITTED = Constants()
@@ -311,7 +308,7 @@ def times(
     rounds = -(-programs // (multiprocessors * together))
     spilt = 1 + constants.SPILL * max(0.0, wanted - constants.REGISTERS) / 32
     share = constants.ISSUE if work.products else constants.PLAIN
-    slots = (work.lanes / LANES + work.special / SPECIAL_LANES) / clock / share * spilt
+    slots = (work.lanes / LANES / share + work.special / SPECIAL_LANES / constants.SPECIAL) / clock * spilt
     for kind, flops in work.flops.items():
         slots += flops / (machine.products[kind] / multiprocessors)
     chain = (work.products * constants.PRODUCT + work.reduced * constants.REDUCTION) / clock

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from .cost_work import BYTES, Block, CostError, Dtype, Work, functions_of, plain
+from .cost_work import BYTES, Block, CostError, Dtype, Work, functions_of, plain, steps_of
 
-# turns of a loop that are counted one by one, a quarter of them in loops around loops; the others are taken to be like
-# them. As many as there are chunks between checkpoints at the most
-TURNS = 16
+TURNS = 16  # of a loop are counted, a quarter in loops around loops: chunks between checkpoints at the most
 _NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 _NAMES |= {name: name for name in ("int1", "int8", "uint8", "int32", "int64")}
 _RANK = list(BYTES)
@@ -339,11 +337,11 @@ class _Run:
     def do_sum(self, x: Block, axis: int | None = None, keep_dims: bool = False) -> Block:
         size = prod(x.shape) * self.weight
         self.work.lanes += size
-        self.work.reduced += self.weight
+        self.work.reduced += self.weight * steps_of(prod(x.shape) if axis is None else x.shape[axis])
         if axis is None:
             return Block((), x.dtype)
-        one = (1,) if keep_dims else ()
-        return Block((*x.shape[: axis % len(x.shape)], *one, *x.shape[axis % len(x.shape) + 1 :]), x.dtype)
+        at, one = axis % len(x.shape), (1,) if keep_dims else ()
+        return Block((*x.shape[:at], *one, *x.shape[at + 1 :]), x.dtype)
 
     do_max = do_min = do_sum
 
@@ -353,8 +351,9 @@ class _Run:
 
     def do_associative_scan(self, values: tuple[Block, ...], axis: int, combine: _Scope) -> tuple[Block, ...]:
         """About log2 of the rows times what puts two of them together, and one reduction's wait."""
-        before, self.work.reduced = self.weight, self.work.reduced + self.weight
-        self.weight *= max(1, values[0].shape[axis] - 1).bit_length()
+        before, steps = self.weight, steps_of(values[0].shape[axis])
+        self.work.reduced += self.weight * steps
+        self.weight *= steps
         self.call(self.functions[combine.path], (*values, *values), {})
         self.weight = before
         return values

@@ -36,7 +36,8 @@ class Dtype:
 class Work:
     """What one program does. flops: by how products are taken ("16" for 16-bit operands, else the precision); lanes:
     elements of elementwise operations; special: elements of exponentials and their like; reads, writes: bytes that are
-    asked for, by argument; products: how many there are one after the other, loops unrolled.
+    asked for, by argument; products: how many there are one after the other, loops unrolled; reduced: the same of
+    steps of reductions, log2 of how many numbers one puts together.
     """
 
     flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -54,6 +55,11 @@ class Work:
         for name in ("flops", "reads", "writes"):
             for key, value in getattr(other, name).items():
                 getattr(self, name)[key] += times * value
+
+
+def steps_of(n: int) -> int:
+    """How many it takes to put n numbers together two by two."""
+    return max(1, n - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=64)
