@@ -12,7 +12,7 @@ INTERPRETED := $(wildcard tests/kernels/test_interp_*.py)
 
 help:
 	@echo "make demo    compile the shipped specs and the README's, run them, show the errors against the reference"
-	@echo "make test    the test suite, without a GPU in under 20 minutes on two cores"
+	@echo "make test    the test suite, without a GPU, in less than half an hour on two cores"
 	@echo "make check   lint, format, types, what must not occur, and the checked-in generated/ files"
 	@echo "make compile-matrix  the kernels compiled by other releases of Triton, which it installs: TRITONS='3.6.0 3.9.0'"
 	@echo "make hooks   have git run the same before each commit"
