@@ -16,7 +16,7 @@ from flagen.load import load
 from flagen.triton_vector import VectorTritonBackend
 
 SHAPES = {"bf16": (2048, torch.bfloat16), "fp32": (2048, torch.float32), "odd": (100, torch.bfloat16)}
-CASES = [(target, "bf16") for target in DEVICES] + [("sm_90", "odd"), ("sm_90", "fp32")]
+CASES = [(target, "bf16") for target in DEVICES] + [("sm_90", "odd"), ("sm_90", "fp32"), ("gfx942", "fp32")]
 
 
 def compiled(spec, target, shape, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import bf16_interpreter
@@ -152,31 +153,29 @@ def _one(x):
     return x[:1, :1, :1, :1].expand(x.shape)
 
 
-# how inputs are laid out, and how the gradient of the output is
-LAID_OUT = {
-    "expanded": (_expanded, _one),
-    "heads_first": (_heads_first, _heads_first),
-    "sliced": (_sliced, torch.clone),
-    "spread": (_spread, _spread),
-}
+DOS = (torch.clone, _heads_first, _spread, _one)  # layouts of the output's gradient
+
+
+@functools.cache
+def _plain(name, arranged):
+    """The output and the gradients of contiguous inputs, which are the same for all layouts that keep their values."""
+    spec = NAMED[name]
+    inputs = tuple(arranged(x.float()) for x in make(spec, 2, 20, 2, _few_keys(spec), 5))
+    run = Run(spec, inputs=tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs), batch=2)
+    return inputs, run.inputs, run.out.o, [run.backward(lay(run.do).contiguous(), run.dfinal)[0] for lay in DOS]
 
 
 @FEW
-@pytest.mark.parametrize("arrangement", LAID_OUT)
-def test_strided_inputs(name, arrangement):
-    arranged, arranged_do = LAID_OUT[arrangement]
-    spec = NAMED[name]
-    inputs = tuple(x.float() for x in make(spec, 2, 20, 2, _few_keys(spec), 5))
-    strided = tuple(arranged(x) for x in inputs)
-    plain = Run(spec, inputs=tuple(x.clone(memory_format=torch.contiguous_format) for x in strided), batch=2)
-    run = Run(spec, inputs=strided, batch=2)
-    assert any(x.stride() != y.stride() for x, y in zip(plain.inputs, run.inputs, strict=True))
-    assert torch.equal(run.out.o, plain.out.o)
-    do = arranged_do(run.do)
-    got, _ = run.backward(do, run.dfinal)
-    want, _ = plain.backward(do.contiguous(), plain.dfinal)
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-    assert all(x.isfinite().all() for x in got)
+@pytest.mark.parametrize("arranged", [_expanded, _heads_first, _sliced, _spread], ids=lambda f: f.__name__.strip("_"))
+def test_strided_inputs(name, arranged):
+    inputs, plain, o, gradients = _plain(name, _expanded if arranged is _expanded else torch.clone)
+    run = Run(NAMED[name], inputs=tuple(arranged(x) for x in inputs), batch=2)
+    assert any(x.stride() != y.stride() for x, y in zip(plain, run.inputs, strict=True))
+    assert torch.equal(run.out.o, o)
+    for lay, want in zip(DOS, gradients, strict=True):
+        got, _ = run.backward(lay(run.do), run.dfinal)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+        assert all(x.isfinite().all() for x in got)
 
 
 @FEW
