@@ -18,10 +18,10 @@ REGISTERS registers a thread (cost_registers.py) spills, which makes its slots d
 
 The seven were fitted by benchmarks/calibrate.py to the forward and the forward + backward of all shipped specs at large
 shapes in bf16, measured on an H100 with Triton 3.6 (benchmarks/results/h100.csv): of its 112 estimates 111 are between
-0.72 and 1.45 times what was measured, as calibrate.py's column "now" shows; hgrn's forward and backward at
-2,16384,16,128 is 0.42 times, whose kernels take less than half of the time by a profiler, and was left out. Copy
-bandwidth and rate of products of the H100 were measured, and the H200's copy bandwidth is a bench's own; those of other
-devices are data sheets' times about the same shares. Everything else is an estimate.
+0.72 and 1.45 times what was measured, as calibrate.py's column "now" shows; the forward and backward of one vector
+state at 2,16384,16,128 is 0.42 times, whose kernels take less than half of the time by a profiler, and was left out.
+Copy bandwidth and rate of products of the H100 were measured, and the H200's copy bandwidth is a bench's own; those of
+other devices are data sheets' times about the same shares. Everything else is an estimate.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from typing import Any
 
 from .cost_work import BYTES, Block, CostError, Dtype, Work, functions_of, plain, steps_of
 
-TURNS = 16  # of a loop are counted, a quarter in loops around loops: chunks between checkpoints at the most
+# turns of a loop that are counted, a quarter of them in loops around loops; the others are taken to be like them
+TURNS = 16  # as many as there are chunks between checkpoints at the most
 _NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 _NAMES |= {name: name for name in ("int1", "int8", "uint8", "int32", "int64")}
 _RANK = list(BYTES)
@@ -350,7 +351,7 @@ class _Run:
         return x
 
     def do_associative_scan(self, values: tuple[Block, ...], axis: int, combine: _Scope) -> tuple[Block, ...]:
-        """About log2 of the rows times what puts two of them together, and one reduction's wait."""
+        """About log2 of the rows times what puts two of them together, and the steps of one reduction."""
         before, steps = self.weight, steps_of(values[0].shape[axis])
         self.work.reduced += self.weight * steps
         self.weight *= steps
