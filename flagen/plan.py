@@ -22,7 +22,7 @@ from .plan_vector import decay_text, kept, shared, shared_by, text_of
 if TYPE_CHECKING:
     from .spec import Spec
 
-ROLE_CHANNEL = {"query": "k", "key": "k", "value": "v", "phase": "k", "bonus": "k", "gate": ""}
+ROLE_CHANNEL = {"query": "k", "key": "k", "value": "v", "phase": "k", "bonus": "k", "gate": "", "factor": ""}
 ROLE_CHANNEL |= {"erase_a": "k", "erase_b": "k", "erase": ""}
 # the accumulated decay of a step is clamped here (natural log; exact in bf16): exp(-128) is 0 in fp32
 DECAY_FLOOR = -128.0
@@ -210,10 +210,11 @@ class Plan(ErasePlan):
     swept, turned = property(plan_rows.swept), property(plan_rows.turned)
     prepared, before = property(plan_rows.prepared), property(plan_rows.before)
     value_rows, written = property(plan_rows.value_rows), property(plan_rows.written)
-    packs = property(plan_rows.packs)
+    packs, factored = property(plan_rows.packs), property(plan_rows.factored)
     summed, telescopes = property(plan_rows.summed), property(plan_rows.telescopes)
     sum_column, keeps = property(plan_rows.sum_column), property(plan_rows.keeps)
     early_factor, decay_tensors = property(plan_rows.early_factor), property(plan_rows.decay_tensors)
+    gate_tensors = property(plan_rows.gate_tensors)
     decay_text, shared, shared_by = property(decay_text), cached_property(shared), shared_by
     kept = cached_property(kept)
     kept_forward = cached_property(lambda self: kept(self, "query", "update", "decay"))
@@ -283,8 +284,8 @@ class Plan(ErasePlan):
 
     def _term(self, tensor: TensorArg | None, role: str, diff: Expr) -> Term:
         """tensor: None for a unit, whose blocks have key channels."""
+        role, diff, text = plan_rows.chained(self, role, diff)
         channel, _ = self._role_block(role)
-        text = f"b_d{role}"
         if diff != Number(1):
             names: dict[Expr, str] = {leaf: block_text(leaf, True, channel) for leaf in leaves(diff)}
             text = f"{text} * ({text_of(self, diff, names)})"
@@ -300,7 +301,7 @@ class Plan(ErasePlan):
     def whole_after(self, stage: str, gradients: tuple[Gradient, ...]) -> tuple[Gradient, ...]:
         """Those of `gradients` that are whole once the role `stage` has its own. What needs the decay's or the angle's
         gradient comes last, and a bonus has its own before the query."""
-        order = {"bonus": 0, "query": 0, "key": 1, "value": 2, "log_decay": 3, "gate": 3, "phase": 3}
+        order = {"bonus": 0, "query": 0, "key": 1, "value": 2, "log_decay": 3, "gate": 3, "phase": 3, "factor": 3}
         return tuple(x for x in gradients if x.terms and max(order[term.role] for term in x.terms) == order[stage])
 
     def gradients_of(self, *roles: str) -> tuple[Gradient, ...]:
@@ -353,7 +354,7 @@ class Plan(ErasePlan):
         if role != "value" and (self.own_term or self.gradients_of("log_decay", "gate")):
             roles.add(role)
         names = {one.name for one in self.tensors_of(*roles)}
-        names |= {leaf.name for of, _, diff in self.analysis.gradients if of == role for leaf in leaves(diff)}
+        names |= {leaf.name for diff in plan_rows.derivatives(self, role) for leaf in leaves(diff)}
         return tuple(tensor for tensor in self.tensors if tensor.name in names)
 
     @cached_property

@@ -58,7 +58,7 @@ def _backward(plan: Plan) -> tuple[Kernel, ...]:
         return (whole,)
     sweeps: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("dq", "forward", ("query", "bonus")), ("dk", "backward", ("key",)), ("dv", "backward", ("value",)),
-        ("dg", "either", ("log_decay", "gate")),
+        ("dg", "either", ("log_decay", "gate", "factor")),
     )  # fmt: skip
     found = []
     if plan.tiled:
@@ -70,7 +70,7 @@ def _backward(plan: Plan) -> tuple[Kernel, ...]:
         writes = tuple(f"d{x.name}" for x in plan.gradients_of(*roles))
         if not writes:
             continue
-        gates = tuple(x.name for x in plan.tensors_of(*roles))
+        gates = tuple(x.name for x in plan.gate_tensors)
         reads = gates if kernel == "dg" else (*names, "do", *state)
         when = f"a gradient of what {' or '.join(roles)} uses is asked for"
         found.append(Kernel(name=f"{plan.name}_{kernel}_kernel", direction=direction, reads=reads, writes=writes,

@@ -117,10 +117,45 @@ def written(plan: Plan) -> str:
 def packs(plan: Plan) -> bool:
     """Whether bf16 rows are multiplied by factors two numbers at a time, and factors of products stand in additions.
 
-    Where decays are the data's it was tried, with other changes at once, and ended in a bad address on Hopper with
-    Triton 3.6, for states of 64 x 64.
+    Where decays are the data's it was tried for all sizes, with other changes at once, and ended in a bad address on
+    Hopper with Triton 3.6, for states of 64 x 64: there it is for blocks of 128 channels.
     """
-    return swept(plan) and not prepared(plan)
+    return swept(plan) and (not prepared(plan) or factored(plan))
+
+
+def factored(plan: Plan) -> bool:
+    """Whether sweeps have the value's factor from what is prepared, and its gradient comes from k . dk.
+
+    A token writes k (f v)^T, so that f is a factor of k . dk too, and the gradient of f is k . dk over f. The key's
+    sweep has k . dk for the decay; the value's then reads no values and sums nothing. Its f is nowhere zero: as little
+    instead changes nothing but what is divided out again.
+    """
+    return swept(plan) and early_factor(plan)
+
+
+def chained(plan: Plan, role: str, diff: Expr) -> tuple[str, Expr, str]:
+    """Of a derivative of a role by an input: by which role the input has its gradient, the derivative of that, and the
+    text of what it multiplies. The value's factor is a role of its own for inputs that are in it alone."""
+    if role == "value" and factored(plan):
+        factor, block = split_value(plan)
+        if diff == factor:
+            return role, Number(1), "b_dvalue * b_vf[:, None]"
+        rows, rest = split_rows(diff, "v")
+        if rest == block:
+            return "factor", Number(1) if rows is None else rows, "b_dfactor"
+    return role, diff, f"b_d{role}"
+
+
+def derivatives(plan: Plan, role: str) -> list[Expr]:
+    """Those that a sweep multiplies the gradient of its role by."""
+    found = [diff for of, _, diff in plan.analysis.gradients if of == role]
+    return [diff for diff in found if chained(plan, role, diff)[0] == role]
+
+
+def gate_tensors(plan: Plan) -> tuple[TensorArg, ...]:
+    """What the kernel for the decay's gradient reads: inputs of the decay and the gate, and of a factor whose gradient
+    it makes."""
+    return decay_tensors(plan) if factored(plan) else plan.tensors_of("log_decay", "gate")
 
 
 def early_factor(plan: Plan) -> bool:

@@ -8,6 +8,8 @@ import triton.language as tl
 # natural log of a step's decay below which the decay is exactly 0 in fp32
 DECAY_FLOOR = tl.constexpr(-128.0)
 LN2 = tl.constexpr(0.6931471805599453)
+# 2^-64: less than this a factor of values is taken for, where it is divided by
+TINY = tl.constexpr(5.421010862427522e-20)
 RCP_LN2 = tl.constexpr(1.4426950408889634)
 
 
@@ -44,6 +46,18 @@ def plus(b_x, b_y):
     """b_x + b_y for two products, in a form that the compiler does not turn into one product on top of the other: it would
     give the first one a layout in which eight warps hold 64 rows twice."""
     return b_x - (-b_y)
+
+
+@triton.jit
+def times(b_x, b_f, DOT: tl.constexpr):
+    """b_x [BT, BC] times factors [BT, 1]. Of a block of bf16 numbers rounded once to bf16, but for 2^-17, by two instructions for two
+    numbers instead of five."""
+    if b_x.dtype == tl.bfloat16 and DOT == tl.bfloat16:
+        b_high = b_f.to(tl.bfloat16)
+        b_low = (b_f - b_high.to(tl.float32)).to(tl.bfloat16)
+        return tl.fma(b_x, b_high, b_x * b_low)
+    else:
+        return b_x * b_f
 
 
 @triton.jit
@@ -231,82 +245,84 @@ def mamba2_fwd_kernel(
 
     b_gt = 0.0
 
-    # from one checkpoint to the next: a store inside the inner loop would take registers in each of its turns
-    for i_l in range(i_start // LC, tl.cdiv(i_end, LC) if hc is not None else i_start // LC + 1):
-        i_next = i_end
-        if hc is not None:
-            i_next = tl.minimum(i_end, (i_l + 1) * LC)
-            i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-            p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
-            tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
-        for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
-            i_t = i_c * BT
-            i_lo = tl.maximum(i_start - i_t, 0)
-            n_t = tl.minimum(i_end - i_t, BT) - i_lo
-            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-            i_t = i_t.to(tl.int64)
-            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-            o_t = i_t + o_i
-            o_row = (i_b * T + o_t) * H + i_h
-            m_tk = m_t[:, None] & m_k[None, :]
-            m_tv = m_t[:, None] & m_v[None, :]
-            # [BT, BK]
-            p_x = q + o_t[:, None] * q_st + o_k[None, :]
-            b_q = tl.load(p_x, mask=m_tk, other=0.0)
-            # [BT, BK]
-            p_x = k + o_t[:, None] * k_st + o_k[None, :]
-            b_k = tl.load(p_x, mask=m_tk, other=0.0)
+    if hc is not None:
+        # a condition around it would take registers in the loop
+        i_s = (i_start // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+        p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
+        tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv & (i_start // LC < tl.cdiv(i_end, LC)))
+    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BK]
+        p_x = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BK]
+        p_x = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        # [BT, BV]
+        p_x = v + o_t[:, None] * v_st + o_v[None, :]
+        b_v = tl.load(p_x, mask=m_tv, other=0.0)
+        # [BT]
+        b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
+        b_key = b_k
+        b_value = b_v
+        # [BT]: what each row of the value is multiplied by
+        b_vf = tl.where(m_t, b_dt, 0.0)
+        # [BT]
+        if gsum is not None:
+            b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
+            b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
+        else:
+            # [BT]
+            b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        if gsum is None:
+            b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
+        b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
+        if o is not None:
+            b_query = b_q
+            b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
+            b_fq = b_query
+            b_qd = b_fq
             # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0)
-            # [BT]
-            b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
-            b_key = b_k
-            b_value = b_v
-            # [BT]: what each row of the value is multiplied by
-            b_vf = tl.where(m_t, b_dt, 0.0)
-            # [BT]
-            if gsum is not None:
-                b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
-                b_ce = tl.load(gsum + (i_t + i_lo + n_t - 1) * 4 + 0, mask=n_t > 0, other=0.0)
-            else:
-                # [BT]
-                b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-            if gsum is None:
-                b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
-            b_en = tl.exp(tl.sum(b_ld, 0)) if gsum is None else tl.exp2(b_ce)
-            if o is not None:
-                b_query = b_q
-                b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
-                b_fq = b_query
-                b_qd = b_fq
-                # [BT, BV]
-                b_er = (b_eq * scale)[:, None]
-                b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
-                # [BT, BT]
-                b_wt = tl.zeros([BT, BT], dtype=DOT)
-                if i_lo < BT if DOT == tl.bfloat16 else True:
-                    m_pair = o_i[:, None] >= o_i[None, :]
-                    if gsum is not None:
-                        # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-                        b_D = tl.exp2(b_cr[:, None] - b_c[None, :])
-                    else:
-                        b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
-                    b_D = tl.where(m_pair, b_D * (b_vf * scale)[None, :], 0.0)
-                    b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
-                    b_A = b_s * b_D
-                    b_wt = b_A.to(DOT)
-                # [BT, BV]
-                b_o *= b_er
-                b_o = plus(b_o, tl.dot(b_wt, b_value.to(DOT), input_precision=PRECISION))
-                p_o = o + (o_row[:, None] * V + o_v[None, :])
-                tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
-            b_fk = b_key
-            b_kd = b_fk
-            b_vd = b_value * (b_ek * b_vf)[:, None]
-            b_h = b_h * b_en
-            b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
-            b_gt += tl.sum(b_ld, 0) if gsum is None else b_ce * LN2
+            b_er = (b_eq * scale)[:, None]
+            b_o = tl.dot(b_qd.to(DOT), b_h.to(DOT), input_precision=PRECISION)
+            # [BT, BT]
+            b_wt = tl.zeros([BT, BT], dtype=DOT)
+            if i_lo < BT if DOT == tl.bfloat16 else True:
+                m_pair = o_i[:, None] >= o_i[None, :]
+                if gsum is not None:
+                    # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+                    b_D = tl.exp2(b_cr[:, None] - b_c[None, :])
+                else:
+                    b_D = tl.exp(sum_steps(m_read, tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0), 2, DOT, SUM_PRECISION))
+                b_D = tl.where(m_pair, b_D * (b_vf * scale)[None, :], 0.0)
+                b_s = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision=PRECISION)
+                b_A = b_s * b_D
+                b_wt = b_A.to(DOT)
+            # [BT, BV]
+            b_ow = tl.dot(b_wt, b_value.to(DOT), input_precision=PRECISION)
+            b_o = tl.fma(b_o, b_er, b_ow) if BV >= 128 else plus(b_ow, b_o * b_er)
+            p_o = o + ((i_b * T + i_t) * H + i_h) * V + ((o_i.to(tl.int64) * (H * V))[:, None] + o_v[None, :])
+            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
+        b_fk = b_key
+        b_kd = b_fk
+        b_vd = times(b_value, (b_ek * b_vf)[:, None], DOT if BV >= 128 else tl.float32)
+        b_h = b_h * b_en
+        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
+        b_gt += tl.sum(b_ld, 0) if gsum is None else b_ce * LN2
+        # if the next turn begins at a checkpoint: at its start the store would take registers, between two loops what is loaded ahead
+        if hc is not None:
+            if ((i_c + 1) * BT % LC == 0) & ((i_c + 1) * BT < i_end):
+                i_s = ((i_c + 1) * BT // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+                p_hc = hc + ((i_s * F + o_f)[:, None] * V + o_v[None, :])
+                tl.store(p_hc, b_h.to(hc.dtype.element_ty), mask=m_fv)
 
     if ht is not None:
         if PIECES and o is None:
@@ -477,7 +493,7 @@ def mamba2_bwd_state_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
-        b_dod = b_do * b_er
+        b_dod = times(b_do, b_er, DOT if BV >= 128 else tl.float32)
         b_dh = b_dh * b_en
         b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
         b_gt += tl.sum(b_ld, 0) if gsum is None else b_ce * LN2
@@ -599,7 +615,6 @@ def mamba2_dq_kernel(
         i_t = i_t.to(tl.int64)
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # [BT, BK]
@@ -633,7 +648,7 @@ def mamba2_dq_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
-        b_dod = b_do * b_er
+        b_dod = times(b_do, b_er, DOT if BV >= 128 else tl.float32)
         # [BT, BK]: before the pairs, whose blocks it would find in registers
         b_dfq = tl.dot(b_dod.to(DOT), tl.trans(b_h.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
@@ -654,12 +669,12 @@ def mamba2_dq_kernel(
         if NEED_DECAY:
             # [BT]
             b_x = tl.sum(b_query.to(DOT).to(tl.float32) * b_dquery, 1)
-            tl.store(qdq + i_k.to(tl.int64) * qdq_sp + o_row, b_x, mask=m_t)
+            tl.store(qdq + i_k.to(tl.int64) * qdq_sp + (i_b * H + i_h) * T + o_t, b_x, mask=m_t)
         if dq is not None:
             b_dq_ = b_dquery
-            p_d = dq + (o_row[:, None] * K + o_k[None, :])
+            p_d = dq + ((i_b * T + i_t) * H + i_h) * K + ((o_i.to(tl.int64) * (H * K))[:, None] + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
-        b_vd = b_value * (b_ek * b_vf)[:, None]
+        b_vd = times(b_value, (b_ek * b_vf)[:, None], DOT if BV >= 128 else tl.float32)
         b_h *= b_en
         b_h = tl.dot(tl.trans(b_key.to(DOT)), b_vd.to(DOT), b_h, input_precision=PRECISION)
 
@@ -784,7 +799,6 @@ def mamba2_dk_kernel(
         i_t = i_t.to(tl.int64)
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # [BT, BK]
@@ -810,6 +824,8 @@ def mamba2_dk_kernel(
         else:
             # [BT]
             b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+        # what k . dk is divided by
+        b_vf = tl.where(tl.abs(b_vf) < TINY, TINY, b_vf)
         b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
         if gsum is None:
             b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
@@ -818,8 +834,8 @@ def mamba2_dk_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
-        b_dod = b_do * b_er
-        b_vd = b_value * (b_ek * b_vf)[:, None]
+        b_dod = times(b_do, b_er, DOT if BV >= 128 else tl.float32)
+        b_vd = times(b_value, (b_ek * b_vf)[:, None], DOT if BV >= 128 else tl.float32)
         # [BT, BK]
         b_dfk = tl.dot(b_vd.to(DOT), tl.trans(b_dh.to(DOT)), input_precision=PRECISION)
         # [BT, BT]
@@ -841,10 +857,10 @@ def mamba2_dk_kernel(
         if NEED_DECAY:
             # [BT]
             b_x = tl.sum(b_key.to(DOT).to(tl.float32) * b_dkey, 1)
-            tl.store(kdk + i_k.to(tl.int64) * kdk_sp + o_row, b_x, mask=m_t)
+            tl.store(kdk + i_k.to(tl.int64) * kdk_sp + (i_b * H + i_h) * T + o_t, b_x, mask=m_t)
         if dk is not None:
             b_dk_ = b_dkey
-            p_d = dk + (o_row[:, None] * K + o_k[None, :])
+            p_d = dk + ((i_b * T + i_t) * H + i_h) * K + ((o_i.to(tl.int64) * (H * K))[:, None] + o_k[None, :])
             tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
         b_dh *= b_en
         b_dh = tl.dot(tl.trans(b_query.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
@@ -877,8 +893,6 @@ def mamba2_dv_kernel(
     dhp,
     dv,
     dv_sp,
-    ddt,
-    ddt_sp,
     cu_seqlens,
     scale,
     q_sb,
@@ -978,7 +992,6 @@ def mamba2_dv_kernel(
         i_t = i_t.to(tl.int64)
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # [BT, BK]
@@ -987,13 +1000,12 @@ def mamba2_dv_kernel(
         # [BT, BK]
         p_x = k + o_t[:, None] * k_st + o_k[None, :]
         b_k = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0)
         # [BT]
         b_dt = tl.load(dt + o_t * dt_st, mask=m_t, other=0.0).to(tl.float32)
         b_query = b_q
         b_key = b_k
+        # [BT]: what each row of the value is multiplied by
+        b_vf = tl.where(m_t, b_dt, 0.0)
         # [BT]
         if gsum is not None:
             b_cr, b_c, b_ek, b_vf = columns(tl.load(gsum + ((i_t + tl.minimum(tl.maximum(o_i, i_lo), i_lo + n_t - 1))[:, None] * 4 + tl.arange(0, 4)[None, :])), BT)
@@ -1009,7 +1021,7 @@ def mamba2_dv_kernel(
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
         b_er = (b_eq * scale)[:, None]
-        b_dod = b_do * b_er
+        b_dod = times(b_do, b_er, DOT if BV >= 128 else tl.float32)
         # [BT, BV]
         b_dvi = tl.dot(b_key.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
         # [BT, BT]
@@ -1027,15 +1039,11 @@ def mamba2_dv_kernel(
             b_A = b_s * b_D
             b_wt = b_A.to(DOT)
         b_dvalue = tl.dot(b_wt, b_do.to(DOT), input_precision=PRECISION)
-        b_dvalue = plus(b_dvalue, b_dvi * b_ek[:, None])
+        b_dvalue = tl.fma(b_dvi, b_ek[:, None], b_dvalue) if BV >= 128 else plus(b_dvalue, b_dvi * b_ek[:, None])
         if dv is not None:
-            b_dv_ = b_dvalue * (b_dt[:, None])
-            p_d = dv + (o_row[:, None] * V + o_v[None, :])
+            b_dv_ = b_dvalue * b_vf[:, None]
+            p_d = dv + ((i_b * T + i_t) * H + i_h) * V + ((o_i.to(tl.int64) * (H * V))[:, None] + o_v[None, :])
             tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
-        if ddt is not None:
-            b_ddt_ = tl.sum(b_dvalue * (b_v), 1)
-            p_d = ddt + i_v.to(tl.int64) * ddt_sp + o_row
-            tl.store(p_d, b_ddt_.to(ddt.dtype.element_ty), mask=m_t)
         b_dh *= b_en
         b_dh = tl.dot(tl.trans(b_query.to(DOT)), b_dod.to(DOT), b_dh, input_precision=PRECISION)
 
@@ -1099,8 +1107,8 @@ def mamba2_dg_kernel(
     b_all = 0.0
     i_s = (i_c + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
     for _ in range(NK):
-        b_xq += tl.load(qdq + o_row, mask=m_t, other=0.0)
-        b_xk += tl.load(kdk + o_row, mask=m_t, other=0.0)
+        b_xq += tl.load(qdq + (i_b * H + i_h) * T + o_t, mask=m_t, other=0.0)
+        b_xk += tl.load(kdk + (i_b * H + i_h) * T + o_t, mask=m_t, other=0.0)
         b_all += tl.load(hdh + i_s)
         qdq += qdq_sp
         kdk += kdk_sp
@@ -1108,9 +1116,14 @@ def mamba2_dg_kernel(
     b_x = b_xk - b_xq
     b_dlog_decay = b_all + tl.cumsum(b_x, 0) - b_x
     b_dlog_decay = tl.where(m_t, b_dlog_decay, 0.0)
+    # [BT]: what each row of the value is multiplied by
+    b_vf = tl.where(m_t, b_dt, 0.0)
+    b_vf = tl.where(tl.abs(b_vf) < TINY, TINY, b_vf)
+    b_dfactor = b_xk / b_vf
     b_sum_A_log = 0.0
     if ddt is not None:
-        b_ddt_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay * (-tl.exp(b_A_log)), 0.0)
+        b_ddt_ = b_dfactor
+        b_ddt_ += tl.where(b_ld > DECAY_FLOOR, b_dlog_decay * (-tl.exp(b_A_log)), 0.0)
         p_d = ddt + o_row
         tl.store(p_d, b_ddt_.to(ddt.dtype.element_ty), mask=m_t)
     if dA_log is not None:
@@ -1578,10 +1591,9 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
             **common,
         )
         parts[1].append((dk, s.bwd_L))
-    if any((needs[2], needs[3],)):
+    if any((needs[2],)):
         t = s.bwd
         dv, dv_sp = gradient(v, "bthv", needs[2], 1, rows, True)
-        ddt, ddt_sp = gradient(dt, "bth", needs[3], NV, rows, False)
         with torch.cuda.stream(sides[0]):
             mamba2_dv_kernel[(rows * H * NV,)](
                 q, k, v, dt, A_log,
@@ -1591,8 +1603,6 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
                 dhp=dhp,
                 dv=dv,
                 dv_sp=dv_sp,
-                ddt=ddt,
-                ddt_sp=ddt_sp,
                 L=L,
                 NP=NP,
                 BT=t.BT,
@@ -1604,7 +1614,6 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
                 **common,
             )
         parts[2].append((dv, s.bwd_L))
-        parts[3].append((ddt, s.bwd_L))
     if any((needs[0],)) or need_decay:
         L = s.dq_L or T + 1
         NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
@@ -1634,7 +1643,7 @@ def bwd(q, k, v, dt, A_log, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fa
     join(sides)
     if need_decay:
         NP, rows = pieces(cu_seqlens, N, T, s.LC)
-        ddt, _ = gradient(dt, "bth", needs[3], 1, rows, False)
+        ddt, _ = gradient(dt, "bth", needs[3], 1, rows, True)
         dA_log, _ = gradient(A_log, "h", needs[4], 1, rows, True)
         mamba2_dg_kernel[(rows * H,)](
             dt, A_log,

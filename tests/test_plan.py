@@ -75,8 +75,9 @@ def test_gradients_are_texts_of_the_roles_gradients():
     plan = plan_of(specs.get("mamba2"))
     found = {gradient.name: gradient for gradient in plan.gradients}
     assert set(found) == {"q", "k", "v", "dt", "A_log"}
-    assert [term[0] for term in found["dt"].terms] == ["value", "log_decay"]
-    assert "b_dvalue" in str(found["dt"].terms) and "DECAY_FLOOR" in str(found["dt"].terms)
+    assert [term[0] for term in found["dt"].terms] == ["factor", "log_decay"]
+    assert "b_dfactor" in str(found["dt"].terms) and "DECAY_FLOOR" in str(found["dt"].terms)
+    assert found["v"].terms[0].text == "b_dvalue * b_vf[:, None]"
     assert [gradient.name for gradient in plan.fixed_gradients] == ["A_log"]
 
 
