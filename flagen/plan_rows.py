@@ -127,8 +127,8 @@ def factored(plan: Plan) -> bool:
     """Whether sweeps have the value's factor from what is prepared, and its gradient comes from k . dk.
 
     A token writes k (f v)^T, so that f is a factor of k . dk too, and the gradient of f is k . dk over f. The key's
-    sweep has k . dk for the decay; the value's then reads no values and sums nothing. Its f is nowhere zero: as little
-    instead changes nothing but what is divided out again.
+    sweep has k . dk for the decay; the value's then reads no values and sums nothing. Its f is nowhere zero: instead it
+    is so little that nothing changes but what is divided out again.
     """
     return swept(plan) and early_factor(plan)
 

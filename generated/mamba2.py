@@ -824,7 +824,8 @@ def mamba2_dk_kernel(
         else:
             # [BT]
             b_ld = tl.where(m_t, tl.maximum(-tl.exp(b_A_log) * b_dt, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        # what k . dk is divided by
+        # k . dk is divided by the factor; of a smaller one the gradient of the key is less by b_less
+        b_less = tl.where(tl.abs(b_vf) < TINY, b_vf / TINY, 1.0)
         b_vf = tl.where(tl.abs(b_vf) < TINY, TINY, b_vf)
         b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1)) if gsum is None else tl.exp2(b_cr)
         if gsum is None:
@@ -858,6 +859,7 @@ def mamba2_dk_kernel(
             # [BT]
             b_x = tl.sum(b_key.to(DOT).to(tl.float32) * b_dkey, 1)
             tl.store(kdk + i_k.to(tl.int64) * kdk_sp + (i_b * H + i_h) * T + o_t, b_x, mask=m_t)
+        b_dkey *= b_less[:, None]
         if dk is not None:
             b_dk_ = b_dkey
             p_d = dk + ((i_b * T + i_t) * H + i_h) * K + ((o_i.to(tl.int64) * (H * K))[:, None] + o_k[None, :])
