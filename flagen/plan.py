@@ -284,7 +284,7 @@ class Plan(ErasePlan):
 
     def _term(self, tensor: TensorArg | None, role: str, diff: Expr) -> Term:
         """tensor: None for a unit, whose blocks have key channels."""
-        role, diff, text = plan_rows.chained(self, role, diff)
+        role, diff, text = plan_rows.chained(self, role, diff, tensor is not None and tensor.time)
         channel, _ = self._role_block(role)
         if diff != Number(1):
             names: dict[Expr, str] = {leaf: block_text(leaf, True, channel) for leaf in leaves(diff)}

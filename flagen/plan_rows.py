@@ -133,23 +133,24 @@ def factored(plan: Plan) -> bool:
     return swept(plan) and early_factor(plan)
 
 
-def chained(plan: Plan, role: str, diff: Expr) -> tuple[str, Expr, str]:
+def chained(plan: Plan, role: str, diff: Expr, time: bool) -> tuple[str, Expr, str]:
     """Of a derivative of a role by an input: by which role the input has its gradient, the derivative of that, and the
-    text of what it multiplies. The value's factor is a role of its own for inputs that are in it alone."""
+    text of what it multiplies. The value's factor is a role of its own for inputs that are in it alone and have a time
+    axis; the gradient of one without, a sum over all tokens, was 1.5 to 3 times as far off in bf16."""
     if role == "value" and factored(plan):
         factor, block = split_value(plan)
         if diff == factor:
             return role, Number(1), "b_dvalue * b_vf[:, None]"
         rows, rest = split_rows(diff, "v")
-        if rest == block:
+        if rest == block and time:
             return "factor", Number(1) if rows is None else rows, "b_dfactor"
     return role, diff, f"b_d{role}"
 
 
 def derivatives(plan: Plan, role: str) -> list[Expr]:
     """Those that a sweep multiplies the gradient of its role by."""
-    found = [diff for of, _, diff in plan.analysis.gradients if of == role]
-    return [diff for diff in found if chained(plan, role, diff)[0] == role]
+    found = [(diff, "t" in one.axes) for of, one, diff in plan.analysis.gradients if of == role]
+    return [diff for diff, time in found if chained(plan, role, diff, time)[0] == role]
 
 
 def gate_tensors(plan: Plan) -> tuple[TensorArg, ...]:
