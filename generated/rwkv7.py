@@ -9,6 +9,7 @@ import triton.language as tl
 DECAY_FLOOR = tl.constexpr(-128.0)
 # natural log of the most that a decay inside a chunk may be divided by: its reciprocal is far from the largest number
 SPAN = tl.constexpr(60.0)
+RCP_LN2 = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -356,8 +357,9 @@ def rwkv7_intra_kernel(
         if DOT == tl.bfloat16:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
             b_ck = sum_steps(o_i[None, :] < o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION) + b_ld
+            b_ck *= RCP_LN2
         if DOT == tl.bfloat16:
-            b_ek = tl.exp(b_en[None, :] - b_ck)
+            b_ek = tl.exp2((b_en * RCP_LN2)[None, :] - b_ck)
         else:
             b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
         if not TREE or DOT != tl.bfloat16:
@@ -375,7 +377,7 @@ def rwkv7_intra_kernel(
         if not TREE or DOT != tl.bfloat16:
             tl.store(rk + p_r, (b_key * b_ek).to(rk.dtype.element_ty), mask=m_tk)
         if DOT == tl.bfloat16:
-            b_el = tl.exp(tl.minimum(-b_ck, SPAN))
+            b_el = tl.exp2(tl.minimum(-b_ck, SPAN * RCP_LN2))
             b_zb = (b_b * b_el).to(DOT)
             b_zkey = (b_key * b_el).to(DOT)
         # [BT, BK]
@@ -383,7 +385,7 @@ def rwkv7_intra_kernel(
         b_r = tl.load(p_x, mask=m_tk, other=0.0)
         b_query = b_r
         if DOT == tl.bfloat16:
-            b_eq = tl.exp(b_ck)
+            b_eq = tl.exp2(b_ck)
         else:
             b_eq = tl.exp(sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
         b_x = b_query * (b_eq * scale)
@@ -402,7 +404,7 @@ def rwkv7_intra_kernel(
         b_a_ = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
         b_a = tl.where(m_tk, -b_a_, 0.0)
         if DOT == tl.bfloat16:
-            b_ea = tl.exp(b_ck - b_ld)
+            b_ea = tl.exp2(b_ck - b_ld * RCP_LN2)
         else:
             b_ea = tl.exp(sum_steps(o_i[None, :] < o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
         b_x = b_a * b_ea
@@ -435,7 +437,7 @@ def rwkv7_intra_kernel(
             b_c = tl.minimum(b_c, tl.min(b_ck, 1), propagate_nan=tl.PropagateNan.ALL)
     if PAIRS:
         if not TREE:
-            tl.store(far + o_row, tl.where(b_c > -SPAN, 0, 1).to(tl.int8), mask=m_t)
+            tl.store(far + o_row, tl.where(b_c > -SPAN * RCP_LN2, 0, 1).to(tl.int8), mask=m_t)
         p_x = o_row[:, None] * BT + o_i[None, :]
         b_A = tl.where(m_below, b_A, tl.where(o_i[:, None] == o_i[None, :], b_own[:, None], 0.0))
         tl.store(A + p_x, b_A.to(A.dtype.element_ty), mask=m_t[:, None])
@@ -877,20 +879,21 @@ def rwkv7_bwd_kernel(
     if DOT == tl.bfloat16:
         # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
         b_ck = sum_steps(o_i[None, :] < o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION) + b_ld
+        b_ck *= RCP_LN2
     if DOT == tl.bfloat16:
-        b_eq = tl.exp(b_ck)
+        b_eq = tl.exp2(b_ck)
     else:
         b_eq = tl.exp(sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
     if DOT == tl.bfloat16:
-        b_ea = tl.exp(b_ck - b_ld)
+        b_ea = tl.exp2(b_ck - b_ld * RCP_LN2)
     else:
         b_ea = tl.exp(sum_steps(o_i[None, :] < o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
     if DOT == tl.bfloat16:
-        b_ek = tl.exp(b_en[None, :] - b_ck)
+        b_ek = tl.exp2((b_en * RCP_LN2)[None, :] - b_ck)
     else:
         b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
     if DOT == tl.bfloat16:
-        b_el = tl.exp(tl.minimum(-b_ck, SPAN))
+        b_el = tl.exp2(tl.minimum(-b_ck, SPAN * RCP_LN2))
     b_en = tl.exp(b_en)
     m_below = o_i[None, :] < o_i[:, None]
     # [BT, BK]: gradients by states, and what they say of the decay, by rows that read (b_xq, b_xa) and rows that write (b_xw)
