@@ -190,9 +190,12 @@ def schedule(
             bwd = tile(BT, half, BF * half * parts, 3)
     if plan.erase:
         fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == whole == 128)
-        # with a decay per key channel the key channels come in blocks of 64
+        # with a decay per key channel the key channels come in blocks
         warps = 4 if BK <= 128 or plan.decay == "key" else 8
         intra, bwd_intra = Tile(BT, 64, warps, 1), Tile(BT, min(64, 8192 // BK), 8, 1)
+        if plan.decay == "key" and low:
+            # four warps hold the rows of a chunk of 32 twice
+            intra, bwd_intra = Tile(BT, 32, 2, 1), Tile(BT, 64, 2, 1)
     rows = turned_tile(BT, BK, whole, bwd.num_stages) if plan.turned else sweep_tile(BT, BK, whole, low)
     if plan.erase:
         rows = fwd if fwd.num_stages == 3 else Tile(fwd.BT, fwd.BV, fwd.num_warps, 1)
