@@ -367,6 +367,7 @@ def hgrn2_bwd_intra_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     LC: tl.constexpr,
+    LF: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -387,9 +388,8 @@ def hgrn2_bwd_intra_kernel(
     i_b = i_n if cu_seqlens is None else i_n * 0
     o_i = tl.arange(0, BT)
     if DOT == tl.bfloat16:
-        o_f = i_start + tl.arange(0, LC)
-        o_f = (i_b * T + o_f) * H + i_h
-        b_mark = tl.load(far + o_f, mask=i_start + tl.arange(0, LC) < i_end, other=0)
+        o_f = i_start + tl.arange(0, LF)
+        b_mark = tl.load(far + ((i_b * T + o_f) * H + i_h), mask=o_f < i_end, other=0)
         n_far = tl.max(b_mark.to(tl.int32), 0)
         if TREE:
             if n_far == 0:
@@ -1339,10 +1339,10 @@ def fwd(q, g, v, h0, cu_seqlens, scale, s, final=False, save=False):
         NP=NP,
         **common,
     )
-    return o, ht, hc
+    return o, ht, hc, *((qd, kd, gn, A, far) if save and 2 * s.fwd.BT <= K else ())
 
 
-def bwd(q, g, v, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
+def bwd(q, g, v, do, hc, kept, dht, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
     Gradients come as the kernels make them, for each input the summands and how many tokens a row of one sums (0: all of a sequence's):
@@ -1382,13 +1382,21 @@ def bwd(q, g, v, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         return x if need and x is not None and x.dtype == s.checkpoint else None
 
     BT = s.bwd.BT
-    qd, kd, gn, A, far = prepare(
-        q, g, shape, like, cu_seqlens, scale, s, BT,
-        qd=place(need_key, None),
-        kd=place(need_query, dq),
-    )
-    # their gradients need no memory: a program writes what it alone has read, and each is read for the last time there
-    dqd, dkd = kd, qd if need_key or initial else None
+    if kept:
+        # of the forward, and perhaps of another backward: these stay as they are
+        qd, kd, gn, A, far = kept
+        dqd, dkd = place(need_query, dq), place(need_key, dg)
+        dqd = torch.empty_like(kd) if dqd is None else dqd
+        dkd = torch.empty_like(qd) if dkd is None else dkd
+    else:
+        qd, kd, gn, A, far = prepare(
+            q, g, shape, like, cu_seqlens, scale, s, BT,
+            qd=place(need_key, dg),
+            kd=place(need_query, dq),
+        )
+        # a program writes what it alone has read, and each is read for the last time there
+        dqd, dkd = kd, qd
+    dkd = dkd if need_key or initial else None
     values = dict(
         do=do,
         gn=gn,
@@ -1525,6 +1533,7 @@ def bwd(q, g, v, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             K=K,
             V=V,
             LC=s.LC,
+            LF=triton.next_power_of_2(s.LC),
             BT=t.BT,
             BK=t.BV,
             BV=min(64, s.BV),

@@ -410,6 +410,7 @@ def rwkv6_bwd_intra_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     LC: tl.constexpr,
+    LF: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -431,9 +432,8 @@ def rwkv6_bwd_intra_kernel(
     i_ph = i_p.to(tl.int64) * H + i_h
     o_i = tl.arange(0, BT)
     if DOT == tl.bfloat16:
-        o_f = i_start + tl.arange(0, LC)
-        o_f = (i_b * T + o_f) * H + i_h
-        b_mark = tl.load(far + o_f, mask=i_start + tl.arange(0, LC) < i_end, other=0)
+        o_f = i_start + tl.arange(0, LF)
+        b_mark = tl.load(far + ((i_b * T + o_f) * H + i_h), mask=o_f < i_end, other=0)
         n_far = tl.max(b_mark.to(tl.int32), 0)
         if TREE:
             if n_far == 0:
@@ -1643,6 +1643,7 @@ def bwd(r, k, v, w, u, do, hc, kept, dht, cu_seqlens, scale, s, needs, initial=F
             K=K,
             V=V,
             LC=s.LC,
+            LF=triton.next_power_of_2(s.LC),
             BT=t.BT,
             BK=t.BV,
             BV=min(64, s.BV),
