@@ -16,14 +16,14 @@ def kept(
     plan: Plan, shape: Shape, dtype: torch.dtype, chunk_size: int | None, packed: bool
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what the training forward keeps beside its states: of an erase, and of what chunks need no
-    state for where a plan keeps it and its pairs take no more than a row."""
+    state for where a plan keeps it and its pairs take no more than a row, or half of one."""
     import torch
 
     low, BT, _ = products(plan, shape, dtype, chunk_size)
     rows = shape.B, shape.T, shape.H
     chunks = shape.T // BT + shape.N if packed else shape.N * -(-shape.T // BT)
     common = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    if plan.keeps and BT <= shape.K:
+    if plan.keeps and plan.keeps * BT <= shape.K:
         wide = (*rows, shape.K), common
         return [wide, wide, ((chunks, shape.H, shape.K), torch.float32), ((*rows, BT), common), (rows, torch.int8)]
     kinds = dict.fromkeys("MABC", ((*rows, BT), torch.bfloat16 if low else torch.float32)) | {

@@ -212,7 +212,7 @@ class Plan(ErasePlan):
     value_rows, written = property(plan_rows.value_rows), property(plan_rows.written)
     packs, factored = property(plan_rows.packs), property(plan_rows.factored)
     summed, telescopes = property(plan_rows.summed), property(plan_rows.telescopes)
-    sum_column, keeps = property(plan_rows.sum_column), property(plan_rows.keeps)
+    sum_column, keeps, places = (property(x) for x in (plan_rows.sum_column, plan_rows.keeps, plan_rows.places))
     early_factor, decay_tensors = property(plan_rows.early_factor), property(plan_rows.decay_tensors)
     gate_tensors = property(plan_rows.gate_tensors)
     decay_text, shared, shared_by = property(decay_text), cached_property(shared), shared_by

@@ -9,7 +9,9 @@ from .plan_parts import leaves, row_text
 
 if TYPE_CHECKING:
     from .plan import Plan
-    from .plan_parts import TensorArg
+    from .plan_parts import Gradient, Role, TensorArg
+
+INTRA_ROLES = "query", "key", "log_decay", "phase", "bonus"  # of a decay per key channel: all but the value
 
 
 def split_rows(expr: Expr, channel: str) -> tuple[Expr | None, Expr]:
@@ -41,10 +43,33 @@ def turned(plan: Plan) -> bool:
     return plan.intra and plan.complex
 
 
-def keeps(plan: Plan) -> bool:
-    """Whether a training forward keeps what chunks need no state for: where with states it is less than the inputs."""
+def keeps(plan: Plan) -> int:
+    """How many chunks' rows of pairs a key's row holds at the least where a training forward keeps what chunks need no
+    state for, so that with states it is less than the inputs; 0: it does not keep it."""
     rows = [one for one in plan.inputs if "t" in one.axes and one.channel]
-    return plan.intra and not plan.complex and not plan.normalized and len(rows) >= 4
+    if not plan.intra or plan.complex or plan.normalized:
+        return 0
+    if len(rows) >= 4:
+        return 1
+    # of three inputs it takes nearly all: states must be few, and gradients of prepared rows lie where others are to be
+    return 2 if len(rows) == 3 and all(places(plan)) and not summed(plan) else 0
+
+
+def places(plan: Plan) -> tuple[str, str]:
+    """For the query and the key the input in whose gradient's tensor what has the shape of the role may lie before, or
+    nothing: kernels write that gradient where they have read the role's. Not the same one for both."""
+    found: list[str] = []
+    for name in ("query", "key"):
+        role = plan.query if name == "query" else plan.key
+        fit = [x.name for x in plan.gradients_of(*INTRA_ROLES) if _fits(plan, x, name, role) and x.name not in found]
+        found.append(fit[0] if fit and not plan.complex else "")
+    return found[0], found[1]
+
+
+def _fits(plan: Plan, x: Gradient, name: str, role: Role) -> bool:
+    if role.identity:
+        return x.name == role.inputs[0] and plan.alone(x)
+    return x.tensor.axes == "bthk" and name in [one.role for one in x.terms] and plan.alone(x)
 
 
 def split_value(plan: Plan) -> tuple[Expr | None, Expr]:

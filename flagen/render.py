@@ -17,7 +17,7 @@ def environment() -> jinja2.Environment:
     """Strict: an undefined name is an error, never an empty string."""
     import jinja2
 
-    return jinja2.Environment(
+    found = jinja2.Environment(
         loader=jinja2.PackageLoader("flagen"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -26,6 +26,14 @@ def environment() -> jinja2.Environment:
         autoescape=False,
         auto_reload=False,
     )
+    found.filters["columns"] = columns
+    return found
+
+
+def columns(text: str) -> str:
+    """Text over blocks [BT, channels] as text over blocks [channels, BT]: what it broadcasts along is swapped."""
+    text = re.sub(r"\[BT, (B[KV])\]", r"[\1, BT]", text)
+    return re.sub(r"\[(:, None|None, :)\]", lambda x: "[None, :]" if x[1] == ":, None" else "[:, None]", text)
 
 
 def render(plan: Plan) -> str:

@@ -129,7 +129,9 @@ def checkpoint_of(plan: Plan) -> int:
         return CHECKPOINT * 4
     if often(plan):
         return CHECKPOINT // 8
-    return CHECKPOINT // 2 if plan.summed and plan.sweeps else CHECKPOINT
+    # beside all that is prepared for chunks, states of every 256 tokens would be more than three inputs
+    many = CHECKPOINT * 3 // 2 if plan.keeps == 2 else CHECKPOINT
+    return CHECKPOINT // 2 if plan.summed and plan.sweeps else many
 
 
 def often(plan: Plan) -> bool:

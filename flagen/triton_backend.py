@@ -43,7 +43,7 @@ class TritonBackend:
         kept = checkpoint or checkpoint_of(plan)
         self.options = {"chunk_size": chunk_size, "input_precision": input_precision, "checkpoint": kept}
         self.output = plan.analysis.inputs.index(plan.analysis.spec.value.inputs[0])
-        self.normalized, self.stabilized, self.keeps = plan.normalized, plan.stabilized, plan.erase or plan.keeps
+        self.normalized, self.stabilized, self.keeps = plan.normalized, plan.stabilized, plan.erase or plan.keeps > 0
         self._schedule = functools.lru_cache(maxsize=256)(self._make_schedule)
         self._replay = Replay(module)
         self._ahead, self._begun = Ahead(), set[Any]()

@@ -520,6 +520,7 @@ def gateloop_bwd_intra_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     LC: tl.constexpr,
+    LF: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -540,9 +541,8 @@ def gateloop_bwd_intra_kernel(
     i_b = i_n if cu_seqlens is None else i_n * 0
     o_i = tl.arange(0, BT)
     if DOT == tl.bfloat16:
-        o_f = i_start + tl.arange(0, LC)
-        o_f = (i_b * T + o_f) * H + i_h
-        b_mark = tl.load(far + o_f, mask=i_start + tl.arange(0, LC) < i_end, other=0)
+        o_f = i_start + tl.arange(0, LF)
+        b_mark = tl.load(far + ((i_b * T + o_f) * H + i_h), mask=o_f < i_end, other=0)
         n_far = tl.max(b_mark.to(tl.int32), 0)
         if TREE:
             if n_far == 0:
@@ -1892,6 +1892,7 @@ def bwd(q, k, v, g, theta, do, hc, dht, cu_seqlens, scale, s, needs, initial=Fal
             K=K,
             V=V,
             LC=s.LC,
+            LF=triton.next_power_of_2(s.LC),
             BT=t.BT,
             BK=t.BV,
             BV=min(64, s.BV),

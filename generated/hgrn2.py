@@ -65,6 +65,36 @@ def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISIO
 
 
 @triton.jit
+def sum_columns(b_x, m_steps, b_sum, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
+    """The same for columns of b_x [BC, BT] picked by m_steps [BT, BT], on top of b_sum."""
+    if DOT == tl.bfloat16:
+        b_m = m_steps.to(tl.float32).to(tl.bfloat16)
+        b_part = b_x.to(tl.bfloat16)
+        b_sum = tl.dot(b_part, b_m, b_sum)
+        for _ in tl.static_range(PARTS - 1):
+            b_x = b_x - b_part.to(tl.float32)
+            b_part = b_x.to(tl.bfloat16)
+            b_sum = tl.dot(b_part, b_m, b_sum)
+        return b_sum
+    return tl.dot(b_x, m_steps.to(tl.float32), b_sum, input_precision=SUM_PRECISION)
+
+
+@triton.jit
+def from_rows(b_x, BT: tl.constexpr, BK: tl.constexpr):
+    """A block [BT, BK] whose row r is token r // 2 % 8 * (BT // 8) + r // 16 * 2 + r % 2, as [BK, BT] with tokens in order: which lanes hold
+    which tokens of such blocks differs altogether, so that one step through shared memory takes them from one layout to the other."""
+    b_x = tl.trans(tl.reshape(b_x, [BT // 16, 8, 2, BK]), 3, 1, 0, 2)
+    return tl.reshape(b_x, [BK, BT])
+
+
+@triton.jit
+def to_rows(b_x, BT: tl.constexpr, BK: tl.constexpr):
+    """The reverse."""
+    b_x = tl.trans(tl.reshape(b_x, [BK, 8, BT // 16, 2]), 2, 1, 3, 0)
+    return tl.reshape(b_x, [BT, BK])
+
+
+@triton.jit
 def tree_level(o_i, b_r, b_l, b_g, i, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
     """Level i of the product tree: blocks of 2 ** (i + 1) rows, of which the right half meets the left.
 
@@ -337,6 +367,7 @@ def hgrn2_bwd_intra_kernel(
     dqd,
     dkd,
     hdh,
+    gn,
     far,
     dq,
     dq_sp,
@@ -367,6 +398,7 @@ def hgrn2_bwd_intra_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     LC: tl.constexpr,
+    LF: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -387,9 +419,8 @@ def hgrn2_bwd_intra_kernel(
     i_b = i_n if cu_seqlens is None else i_n * 0
     o_i = tl.arange(0, BT)
     if DOT == tl.bfloat16:
-        o_f = i_start + tl.arange(0, LC)
-        o_f = (i_b * T + o_f) * H + i_h
-        b_mark = tl.load(far + o_f, mask=i_start + tl.arange(0, LC) < i_end, other=0)
+        o_f = i_start + tl.arange(0, LF)
+        b_mark = tl.load(far + ((i_b * T + o_f) * H + i_h), mask=o_f < i_end, other=0)
         n_far = tl.max(b_mark.to(tl.int32), 0)
         if TREE:
             if n_far == 0:
@@ -397,7 +428,6 @@ def hgrn2_bwd_intra_kernel(
         else:
             if n_far > 0:
                 return
-    m_below = o_i[None, :] < o_i[:, None]
     o_k = i_k * BK + tl.arange(0, BK)
     m_k = o_k < K
     q += i_b * q_sb
@@ -422,14 +452,22 @@ def hgrn2_bwd_intra_kernel(
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
         o_row = (i_b * T + o_t) * H + i_h
-        m_tk = m_t[:, None] & m_k[None, :]
-        # early, to come while the values do; with a bonus there are too few registers
+        # Blocks of pairs have keys' tokens as rows and those of gradients key channels, so that what one product gives is an operand of the next as it
+        # lies in registers. They are loaded and stored with tokens as rows, in the order of from_rows.
+        m_tk = m_k[:, None] & m_t[None, :]
+        o_l = tl.arange(0, BT)
+        o_l = o_l // 2 % 8 * (BT // 8) + o_l // 16 * 2 + o_l % 2
+        m_l = ((o_l >= i_lo) & (o_l < i_lo + n_t))[:, None] & m_k[None, :]
+        o_l = i_t + o_l
+        o_d = ((i_b * T + o_l) * H + i_h)[:, None] * K + o_k[None, :]
+        # early, to come while the values do
         # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
+        b_q = tl.load(q + (o_l[:, None] * q_st + o_k[None, :]), mask=m_l, other=0.0)
         # [BT, BK]
-        p_x = g + o_t[:, None] * g_st + o_k[None, :]
-        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        b_g = tl.load(g + (o_l[:, None] * g_st + o_k[None, :]), mask=m_l, other=0.0)
+        b_dqd = tl.zeros([BT, BK], dtype=tl.float32)
+        if dqd is not None:
+            b_dqd = tl.load(dqd + o_d, mask=m_l, other=0.0)
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=tl.float32)
         for i_v in range(tl.cdiv(V, BV)):
@@ -442,73 +480,81 @@ def hgrn2_bwd_intra_kernel(
             b_value = b_v
             p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
             b_do = tl.load(p_do, mask=m_tv, other=0.0)
-            b_dA += tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        # [BT, BK]
+            b_dA += tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
+        b_q = from_rows(b_q.to(tl.float32), BT, BK)
+        b_g = from_rows(b_g.to(tl.float32), BT, BK)
+        # [BK, BT]
         b_key = tl.where(m_tk, 1.0 - tl.exp(b_g), 0.0)
         b_query = b_q
-        # [BT, BK]
+        # [BK, BT]
         b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_gn = tl.sum(b_ld, 0)
-        if DOT == tl.bfloat16:
-            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
-            b_ck = b_cq
-            b_ek = tl.exp2((b_gn[None, :] - b_ck) * RCP_LN2)
-        else:
-            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
-            b_ck = b_cq
-            b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_eq = tl.exp2(b_cq * RCP_LN2)
-        o_d = o_row[:, None] * K + o_k[None, :]
-        b_es = b_eq * scale
+        # [BK]: the chunk's log decay, as the serial kernels have it
+        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        b_gn = tl.load(gn + i_g * K + o_k, mask=m_k, other=0.0)
+        # [BK, BT]
+        b_cq = sum_columns(b_ld, o_i[:, None] <= o_i[None, :], None, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+        b_ck = b_cq
+        b_es = tl.exp2(b_cq * RCP_LN2) * scale
         # pairs of rows that are not far by products of query and key with the decays since the chunk's start, a token's own pair with them, in both
         # kernels by the same numbers: a later row that is far changes no bit of these
-        m_pair = o_i[None, :] <= o_i[:, None]
+        m_pair = o_i[:, None] <= o_i[None, :]
         if TREE:
             m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
-            b_dfar = tl.where(m_far[:, None], b_dA, 0.0)
-            b_dpair = tl.where(m_pair & (m_far == 0)[:, None], b_dA, 0.0).to(DOT)
+            b_dfar = tl.where(m_far[None, :], b_dA, 0.0)
+            b_dpair = tl.where(m_pair & (m_far == 0)[None, :], b_dA, 0.0).to(DOT)
             b_el = tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)
+            if DOT == tl.bfloat16:
+                b_ek = tl.exp2((b_gn[:, None] - b_ck) * RCP_LN2)
+            else:
+                b_ek = tl.exp(sum_columns(b_ld, o_i[:, None] > o_i[None, :], None, PARTS, DOT, SUM_PRECISION))
         else:
             b_dpair = tl.where(m_pair, b_dA, 0.0).to(DOT)
             b_el = tl.exp2(-b_ck * RCP_LN2)
-            b_en = tl.exp2(b_gn * RCP_LN2)[None, :]
-        b_x = tl.zeros([BT, BK], dtype=tl.float32)
+            b_en = tl.exp2(b_gn * RCP_LN2)[:, None]
+        b_x = tl.zeros([BK, BT], dtype=tl.float32)
         if TREE:
-            # first, and dqd only then: these take most registers
+            # first, and the gradients only then: these take most registers
             b_qfar, b_kfar, b_x, b_xlfar = tree_apply(
-                b_dfar, b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
+                tl.trans(b_dfar),
+                tl.trans(b_query * scale),
+                tl.trans(b_key),
+                tl.trans(b_ld),
+                BT,
+                LEVELS,
+                PARTS,
+                DOT,
+                PRECISION,
+                SUM_PRECISION,
             )
-            b_qfar *= scale
-            b_x += b_xlfar
-        b_dqd = tl.zeros([BT, BK], dtype=tl.float32)
-        if dqd is not None:
-            b_dqd = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32)
+            b_qfar = tl.trans(b_qfar) * scale
+            b_kfar = tl.trans(b_kfar)
+            b_xlfar = tl.trans(b_xlfar)
+            b_x = tl.trans(b_x) + b_xlfar
         b_zr = (b_query * b_es).to(DOT)
         b_zl = (b_key * b_el).to(DOT)
         # what meets the rounded zr, by pairs and by the state at the chunk's start; both sides of a pair give the same product, so that pairs
         # on one side of a token cancel
-        b_dquery = b_dqd
+        b_dquery = from_rows(b_dqd.to(tl.float32), BT, BK)
         if DOT == tl.bfloat16:
-            b_dquery = b_dqd + tl.dot(b_dpair, b_zl, input_precision=PRECISION)
+            b_dquery += tl.dot(b_zl, b_dpair, input_precision=PRECISION)
         b_x += b_dquery * b_zr.to(tl.float32)
         b_dquery *= b_es
         if TREE:
             b_dquery += b_qfar
         if TREE:
             # [BT]: of the far rows' own pairs
-            b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dfar, 0.0), 1) * scale
-            b_dquery += b_ds[:, None] * b_key
+            b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dfar, 0.0), 0) * scale
+            b_dquery += b_ds[None, :] * b_key
         if dq is not None:
             b_dq_ = b_dquery
-            p_d = dq + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+            tl.store(dq + o_d, to_rows(b_dq_.to(dq.dtype.element_ty), BT, BK), mask=m_l)
         b_dkd = tl.zeros([BT, BK], dtype=tl.float32)
         if dkd is not None:
-            b_dkd = tl.load(dkd + o_d, mask=m_tk, other=0.0).to(tl.float32)
-        b_dkey = tl.zeros([BT, BK], dtype=tl.float32)
+            b_dkd = tl.load(dkd + o_d, mask=m_l, other=0.0)
+        b_dkd = from_rows(b_dkd.to(tl.float32), BT, BK)
+        b_dkey = tl.zeros([BK, BT], dtype=tl.float32)
         if DOT == tl.bfloat16:
-            b_dkey = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
+            b_dkey = tl.dot(b_zr, tl.trans(b_dpair), input_precision=PRECISION)
         if TREE:
             b_dkd *= b_ek
             b_xl = b_dkey * b_zl.to(tl.float32) + b_dkd * b_key + b_xlfar
@@ -518,23 +564,23 @@ def hgrn2_bwd_intra_kernel(
             b_xl = b_dkey * b_zl.to(tl.float32) + b_dkd * (b_key * b_el)
             b_dkey = (b_dkey + b_dkd) * b_el
         if TREE:
-            b_dkey += b_ds[:, None] * b_query
+            b_dkey += b_ds[None, :] * b_query
 
-        if hdh is not None:
-            # less what the rows read, and with what they wrote
-            b_dlog_decay = b_all[None, :] - sum_steps(m_below, b_x - b_xl, 2, DOT, SUM_PRECISION)
-            b_all -= tl.sum(b_x - b_xl, 0)
         # once more: registers are scarce until here
         # [BT, BK]
-        p_x = g + o_t[:, None] * g_st + o_k[None, :]
-        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
+        b_g = tl.load(g + (o_l[:, None] * g_st + o_k[None, :]), mask=m_l, other=0.0)
+        if hdh is not None:
+            # less what the rows read, and with what they wrote
+            b_xl = b_x - b_xl
+            b_dlog_decay = b_all[:, None] - sum_columns(b_xl, o_i[:, None] < o_i[None, :], None, 2, DOT, SUM_PRECISION)
+            b_all -= tl.sum(b_xl, 1)
+        b_g = from_rows(b_g.to(tl.float32), BT, BK)
+        # [BK, BT]
         b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         if dg is not None:
             b_dg_ = b_dkey * (-tl.exp(b_g))
             b_dg_ += tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
-            p_d = dg + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_d, b_dg_.to(dg.dtype.element_ty), mask=m_tk)
+            tl.store(dg + o_d, to_rows(b_dg_.to(dg.dtype.element_ty), BT, BK), mask=m_l)
 
 
 # A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
@@ -1339,10 +1385,10 @@ def fwd(q, g, v, h0, cu_seqlens, scale, s, final=False, save=False):
         NP=NP,
         **common,
     )
-    return o, ht, hc
+    return o, ht, hc, *((qd, kd, gn, A, far) if save and 2 * s.fwd.BT <= K else ())
 
 
-def bwd(q, g, v, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
+def bwd(q, g, v, do, hc, kept, dht, cu_seqlens, scale, s, needs, initial=False):
     """The gradients of the inputs that `needs` marks, None for the others, and that of the initial state if asked for.
 
     Gradients come as the kernels make them, for each input the summands and how many tokens a row of one sums (0: all of a sequence's):
@@ -1382,13 +1428,21 @@ def bwd(q, g, v, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
         return x if need and x is not None and x.dtype == s.checkpoint else None
 
     BT = s.bwd.BT
-    qd, kd, gn, A, far = prepare(
-        q, g, shape, like, cu_seqlens, scale, s, BT,
-        qd=place(need_key, None),
-        kd=place(need_query, dq),
-    )
-    # their gradients need no memory: a program writes what it alone has read, and each is read for the last time there
-    dqd, dkd = kd, qd if need_key or initial else None
+    if kept:
+        # of the forward, and perhaps of another backward: these stay as they are
+        qd, kd, gn, A, far = kept
+        dqd, dkd = place(need_query, dq), place(need_key, dg)
+        dqd = torch.empty_like(kd) if dqd is None else dqd
+        dkd = torch.empty_like(qd) if dkd is None else dkd
+    else:
+        qd, kd, gn, A, far = prepare(
+            q, g, shape, like, cu_seqlens, scale, s, BT,
+            qd=place(need_key, dg),
+            kd=place(need_query, dq),
+        )
+        # a program writes what it alone has read, and each is read for the last time there
+        dqd, dkd = kd, qd
+    dkd = dkd if need_key or initial else None
     values = dict(
         do=do,
         gn=gn,
@@ -1495,6 +1549,7 @@ def bwd(q, g, v, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             dqd=dqd if need_query else None,
             dkd=dkd if need_key else None,
             hdh=hdh,
+            gn=gn,
             far=far,
             dq=dq,
             dq_sp=dq_sp,
@@ -1525,6 +1580,7 @@ def bwd(q, g, v, do, hc, dht, cu_seqlens, scale, s, needs, initial=False):
             K=K,
             V=V,
             LC=s.LC,
+            LF=triton.next_power_of_2(s.LC),
             BT=t.BT,
             BK=t.BV,
             BV=min(64, s.BV),

@@ -65,6 +65,36 @@ def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISIO
 
 
 @triton.jit
+def sum_columns(b_x, m_steps, b_sum, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
+    """The same for columns of b_x [BC, BT] picked by m_steps [BT, BT], on top of b_sum."""
+    if DOT == tl.bfloat16:
+        b_m = m_steps.to(tl.float32).to(tl.bfloat16)
+        b_part = b_x.to(tl.bfloat16)
+        b_sum = tl.dot(b_part, b_m, b_sum)
+        for _ in tl.static_range(PARTS - 1):
+            b_x = b_x - b_part.to(tl.float32)
+            b_part = b_x.to(tl.bfloat16)
+            b_sum = tl.dot(b_part, b_m, b_sum)
+        return b_sum
+    return tl.dot(b_x, m_steps.to(tl.float32), b_sum, input_precision=SUM_PRECISION)
+
+
+@triton.jit
+def from_rows(b_x, BT: tl.constexpr, BK: tl.constexpr):
+    """A block [BT, BK] whose row r is token r // 2 % 8 * (BT // 8) + r // 16 * 2 + r % 2, as [BK, BT] with tokens in order: which lanes hold
+    which tokens of such blocks differs altogether, so that one step through shared memory takes them from one layout to the other."""
+    b_x = tl.trans(tl.reshape(b_x, [BT // 16, 8, 2, BK]), 3, 1, 0, 2)
+    return tl.reshape(b_x, [BK, BT])
+
+
+@triton.jit
+def to_rows(b_x, BT: tl.constexpr, BK: tl.constexpr):
+    """The reverse."""
+    b_x = tl.trans(tl.reshape(b_x, [BK, 8, BT // 16, 2]), 2, 1, 3, 0)
+    return tl.reshape(b_x, [BT, BK])
+
+
+@triton.jit
 def tree_level(o_i, b_r, b_l, b_g, i, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
     """Level i of the product tree: blocks of 2 ** (i + 1) rows, of which the right half meets the left.
 
@@ -370,6 +400,7 @@ def rwkv6_bwd_intra_kernel(
     dqd,
     dkd,
     hdh,
+    gn,
     far,
     dr,
     dr_sp,
@@ -410,6 +441,7 @@ def rwkv6_bwd_intra_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     LC: tl.constexpr,
+    LF: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -431,9 +463,8 @@ def rwkv6_bwd_intra_kernel(
     i_ph = i_p.to(tl.int64) * H + i_h
     o_i = tl.arange(0, BT)
     if DOT == tl.bfloat16:
-        o_f = i_start + tl.arange(0, LC)
-        o_f = (i_b * T + o_f) * H + i_h
-        b_mark = tl.load(far + o_f, mask=i_start + tl.arange(0, LC) < i_end, other=0)
+        o_f = i_start + tl.arange(0, LF)
+        b_mark = tl.load(far + ((i_b * T + o_f) * H + i_h), mask=o_f < i_end, other=0)
         n_far = tl.max(b_mark.to(tl.int32), 0)
         if TREE:
             if n_far == 0:
@@ -441,7 +472,6 @@ def rwkv6_bwd_intra_kernel(
         else:
             if n_far > 0:
                 return
-    m_below = o_i[None, :] < o_i[:, None]
     o_k = i_k * BK + tl.arange(0, BK)
     m_k = o_k < K
     r += i_b * r_sb
@@ -470,7 +500,24 @@ def rwkv6_bwd_intra_kernel(
         # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
         o_t = i_t + o_i
         o_row = (i_b * T + o_t) * H + i_h
-        m_tk = m_t[:, None] & m_k[None, :]
+        # Blocks of pairs have keys' tokens as rows and those of gradients key channels, so that what one product gives is an operand of the next as it
+        # lies in registers. They are loaded and stored with tokens as rows, in the order of from_rows.
+        m_tk = m_k[:, None] & m_t[None, :]
+        o_l = tl.arange(0, BT)
+        o_l = o_l // 2 % 8 * (BT // 8) + o_l // 16 * 2 + o_l % 2
+        m_l = ((o_l >= i_lo) & (o_l < i_lo + n_t))[:, None] & m_k[None, :]
+        o_l = i_t + o_l
+        o_d = ((i_b * T + o_l) * H + i_h)[:, None] * K + o_k[None, :]
+        # early, to come while the values do
+        # [BT, BK]
+        b_r = tl.load(r + (o_l[:, None] * r_st + o_k[None, :]), mask=m_l, other=0.0)
+        # [BT, BK]
+        b_k = tl.load(k + (o_l[:, None] * k_st + o_k[None, :]), mask=m_l, other=0.0)
+        # [BT, BK]
+        b_w = tl.load(w + (o_l[:, None] * w_st + o_k[None, :]), mask=m_l, other=0.0)
+        b_dqd = tl.zeros([BT, BK], dtype=tl.float32)
+        if dqd is not None:
+            b_dqd = tl.load(dqd + o_d, mask=m_l, other=0.0)
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=tl.float32)
         for i_v in range(tl.cdiv(V, BV)):
@@ -483,88 +530,88 @@ def rwkv6_bwd_intra_kernel(
             b_value = b_v
             p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
             b_do = tl.load(p_do, mask=m_tv, other=0.0)
-            b_dA += tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+            b_dA += tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
         # [BT]
-        b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1) * scale
-        # [BT, BK]
-        p_x = r + o_t[:, None] * r_st + o_k[None, :]
-        b_r = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = w + o_t[:, None] * w_st + o_k[None, :]
-        b_w = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+        b_ds = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 0) * scale
+        b_r = from_rows(b_r.to(tl.float32), BT, BK)
+        b_k = from_rows(b_k.to(tl.float32), BT, BK)
+        b_w = from_rows(b_w.to(tl.float32), BT, BK)
         b_key = b_k
         b_query = b_r
         if NEED_BONUS:
-            b_dbonus = b_ds[:, None] * b_query.to(tl.float32) * b_key.to(tl.float32)
+            b_dbonus = b_ds[None, :] * b_query * b_key
         if du is not None:
             b_du_ = b_dbonus
-            b_sum_u += tl.sum(tl.where(m_tk, b_du_, 0.0), 0)
-        # [BT, BK]
+            b_sum_u += tl.sum(tl.where(m_tk, b_du_, 0.0), 1)
+        # [BK, BT]
         b_ld = tl.where(m_tk, tl.maximum(b_w, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_gn = tl.sum(b_ld, 0)
-        if DOT == tl.bfloat16:
-            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_cq = sum_steps(o_i[None, :] < o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
-            # as it is rounded for the product, where that is exact: half as much to move
-            b_ck = b_cq + (b_ld.to(DOT).to(tl.float32) if PARTS == 1 else b_ld)
-            b_ek = tl.exp2((b_gn[None, :] - b_ck) * RCP_LN2)
-        else:
-            b_cq = sum_steps(o_i[None, :] < o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
-            b_ck = b_cq
-            b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_eq = tl.exp2(b_cq * RCP_LN2)
-        o_d = o_row[:, None] * K + o_k[None, :]
-        b_es = b_eq * scale
+        # [BK]: the chunk's log decay, as the serial kernels have it
+        i_g = (i_c + (i_n * tl.cdiv(T, BT) if cu_seqlens is None else i_n)) * H + i_h
+        b_gn = tl.load(gn + i_g * K + o_k, mask=m_k, other=0.0)
+        # [BK, BT]
+        b_cq = sum_columns(b_ld, o_i[:, None] < o_i[None, :], None, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+        # as it is rounded for the product, where that is exact: half as much to move
+        b_ck = b_cq + (b_ld.to(DOT).to(tl.float32) if PARTS == 1 else b_ld)
+        b_es = tl.exp2(b_cq * RCP_LN2) * scale
         # pairs of rows that are not far by products of query and key with the decays since the chunk's start, in both
         # kernels by the same numbers: a later row that is far changes no bit of these
-        m_pair = m_below
+        m_pair = o_i[:, None] < o_i[None, :]
         if TREE:
             m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
-            b_dfar = tl.where(m_far[:, None], b_dA, 0.0)
-            b_dpair = tl.where(m_pair & (m_far == 0)[:, None], b_dA, 0.0).to(DOT)
+            b_dfar = tl.where(m_far[None, :], b_dA, 0.0)
+            b_dpair = tl.where(m_pair & (m_far == 0)[None, :], b_dA, 0.0).to(DOT)
             b_el = tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)
+            if DOT == tl.bfloat16:
+                b_ek = tl.exp2((b_gn[:, None] - b_ck) * RCP_LN2)
+            else:
+                b_ek = tl.exp(sum_columns(b_ld, o_i[:, None] > o_i[None, :], None, PARTS, DOT, SUM_PRECISION))
         else:
             b_dpair = tl.where(m_pair, b_dA, 0.0).to(DOT)
             # no row reads the last one's key, whose decay may be anything
-            m_end = (o_i >= i_lo + n_t - 1)[:, None]
+            m_end = (o_i >= i_lo + n_t - 1)[None, :]
             b_el = tl.where(m_end, 1.0, tl.exp2(-b_ck * RCP_LN2))
-            b_en = tl.where(m_end, 1.0, tl.exp2(b_gn * RCP_LN2)[None, :])
-        b_x = tl.zeros([BT, BK], dtype=tl.float32)
+            b_en = tl.where(m_end, 1.0, tl.exp2(b_gn * RCP_LN2)[:, None])
+        b_x = tl.zeros([BK, BT], dtype=tl.float32)
         if TREE:
-            # first, and dqd only then: these take most registers
+            # first, and the gradients only then: these take most registers
             b_qfar, b_kfar, b_x, b_xlfar = tree_apply(
-                b_dfar, b_query * scale, b_key, b_ld, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION
+                tl.trans(b_dfar),
+                tl.trans(b_query * scale),
+                tl.trans(b_key),
+                tl.trans(b_ld),
+                BT,
+                LEVELS,
+                PARTS,
+                DOT,
+                PRECISION,
+                SUM_PRECISION,
             )
-            b_qfar *= scale
-            b_x += b_xlfar
-        b_dqd = tl.zeros([BT, BK], dtype=tl.float32)
-        if dqd is not None:
-            b_dqd = tl.load(dqd + o_d, mask=m_tk, other=0.0).to(tl.float32)
+            b_qfar = tl.trans(b_qfar) * scale
+            b_kfar = tl.trans(b_kfar)
+            b_xlfar = tl.trans(b_xlfar)
+            b_x = tl.trans(b_x) + b_xlfar
         b_zr = (b_query * b_es).to(DOT)
         b_zl = (b_key * b_el).to(DOT)
         # what meets the rounded zr, by pairs and by the state at the chunk's start; both sides of a pair give the same product, so that pairs
         # on one side of a token cancel
-        b_dquery = b_dqd
+        b_dquery = from_rows(b_dqd.to(tl.float32), BT, BK)
         if DOT == tl.bfloat16:
-            b_dquery = b_dqd + tl.dot(b_dpair, b_zl, input_precision=PRECISION)
+            b_dquery += tl.dot(b_zl, b_dpair, input_precision=PRECISION)
         b_x += b_dquery * b_zr.to(tl.float32)
         b_dquery *= b_es
         if TREE:
             b_dquery += b_qfar
-        b_dquery += b_ds[:, None] * b_key * (b_u[None, :])
+        b_dquery += b_ds[None, :] * b_key * (b_u[:, None])
         if dr is not None:
             b_dr_ = b_dquery
-            p_d = dr + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_d, b_dr_.to(dr.dtype.element_ty), mask=m_tk)
+            tl.store(dr + o_d, to_rows(b_dr_.to(dr.dtype.element_ty), BT, BK), mask=m_l)
         b_dkd = tl.zeros([BT, BK], dtype=tl.float32)
         if dkd is not None:
-            b_dkd = tl.load(dkd + o_d, mask=m_tk, other=0.0).to(tl.float32)
-        b_dkey = tl.zeros([BT, BK], dtype=tl.float32)
+            b_dkd = tl.load(dkd + o_d, mask=m_l, other=0.0)
+        b_dkd = from_rows(b_dkd.to(tl.float32), BT, BK)
+        b_dkey = tl.zeros([BK, BT], dtype=tl.float32)
         if DOT == tl.bfloat16:
-            b_dkey = tl.dot(tl.trans(b_dpair), b_zr, input_precision=PRECISION)
+            b_dkey = tl.dot(b_zr, tl.trans(b_dpair), input_precision=PRECISION)
         if TREE:
             b_dkd *= b_ek
             b_xl = b_dkey * b_zl.to(tl.float32) + b_dkd * b_key + b_xlfar
@@ -576,29 +623,27 @@ def rwkv6_bwd_intra_kernel(
             b_dkey *= b_el
         # once more rather than kept in registers
         # [BT, BK]
-        p_x = r + o_t[:, None] * r_st + o_k[None, :]
-        b_r = tl.load(p_x, mask=m_tk, other=0.0)
+        b_r = tl.load(r + (o_l[:, None] * r_st + o_k[None, :]), mask=m_l, other=0.0)
+        b_r = from_rows(b_r.to(tl.float32), BT, BK)
         b_query = b_r
-        b_dkey += b_ds[:, None] * b_query * (b_u[None, :])
+        b_dkey += b_ds[None, :] * b_query * (b_u[:, None])
         if dk is not None:
             b_dk_ = b_dkey
-            p_d = dk + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-        if hdh is not None:
-            # less what the rows read, and with what they wrote
-            b_dlog_decay = b_all[None, :] - sum_steps(m_below, b_x - b_xl, 2, DOT, SUM_PRECISION)
-            b_dlog_decay -= b_x
-            b_all -= tl.sum(b_x - b_xl, 0)
+            tl.store(dk + o_d, to_rows(b_dk_.to(dk.dtype.element_ty), BT, BK), mask=m_l)
         # once more: registers are scarce until here
         # [BT, BK]
-        p_x = w + o_t[:, None] * w_st + o_k[None, :]
-        b_w = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
+        b_w = tl.load(w + (o_l[:, None] * w_st + o_k[None, :]), mask=m_l, other=0.0)
+        if hdh is not None:
+            # less what the rows read, and with what they wrote
+            b_xl = b_x - b_xl
+            b_dlog_decay = b_all[:, None] - sum_columns(b_xl, o_i[:, None] < o_i[None, :], b_x, 2, DOT, SUM_PRECISION)
+            b_all -= tl.sum(b_xl, 1)
+        b_w = from_rows(b_w.to(tl.float32), BT, BK)
+        # [BK, BT]
         b_ld = tl.where(m_tk, tl.maximum(b_w, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         if dw is not None:
             b_dw_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
-            p_d = dw + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_d, b_dw_.to(dw.dtype.element_ty), mask=m_tk)
+            tl.store(dw + o_d, to_rows(b_dw_.to(dw.dtype.element_ty), BT, BK), mask=m_l)
     if du is not None:
         p_d = du + i_ph * K + o_k
         tl.store(p_d, b_sum_u, mask=m_k)
@@ -1603,6 +1648,7 @@ def bwd(r, k, v, w, u, do, hc, kept, dht, cu_seqlens, scale, s, needs, initial=F
             dqd=dqd if need_query else None,
             dkd=dkd if need_key else None,
             hdh=hdh,
+            gn=gn,
             far=far,
             dr=dr,
             dr_sp=dr_sp,
@@ -1643,6 +1689,7 @@ def bwd(r, k, v, w, u, do, hc, kept, dht, cu_seqlens, scale, s, needs, initial=F
             K=K,
             V=V,
             LC=s.LC,
+            LF=triton.next_power_of_2(s.LC),
             BT=t.BT,
             BK=t.BV,
             BV=min(64, s.BV),

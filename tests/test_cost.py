@@ -443,10 +443,10 @@ def test_show_says_what_the_cost_model_does_not_know(capsys, monkeypatch):
     assert "not shown, gla_fwd_kernel, line 3" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "most"), [("retnet", 0.25), ("gla", 0.8), ("rwkv6", 0.8), ("hgrn2", 0.7)])
+@pytest.mark.parametrize(("name", "most"), [("retnet", 0.25), ("gla", 0.8), ("rwkv6", 0.8), ("hgrn2", 1.0)])
 def test_a_step_needs_little_memory(name, most):
     """Beside inputs, output and gradients, in inputs. With a decay per key channel what was prepared is kept where
-    there are four inputs of channels (gla, rwkv6); else it is made again, and lies where gradients are to be; hgrn2's
-    key is not an input, so that its gradient has no such place."""
+    there are four inputs of channels (gla, rwkv6), or three in whose gradients' places those of prepared rows fit
+    (hgrn2); else it is made again, and lies where gradients are to be."""
     found = estimated(name, 1, 8192, 96, 128, 128)
     assert found.extra <= most * found.inputs
