@@ -28,7 +28,7 @@ def kept(
         return [wide, wide, ((chunks, shape.H, shape.K), torch.float32), ((*rows, BT), common), (rows, torch.int8)]
     kinds = dict.fromkeys("MABC", ((*rows, BT), torch.bfloat16 if low else torch.float32)) | {
         "fs": ((shape.B, shape.H, shape.T, 4), torch.float32),
-        "fn": ((len(plan.late_norms), *rows), torch.float32),
+        "fn": ((len(plan.row_numbers), shape.B, shape.H, shape.T), torch.float32),
         "en": ((chunks, shape.H, *((shape.K,) if plan.decay == "key" else ())), torch.float32),
         "far": (rows, torch.int8),
     }

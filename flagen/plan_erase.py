@@ -125,11 +125,19 @@ class ErasePlan:
         return unit is not None and [term.text for term in unit.terms] == [f"b_d{role}"]
 
     @property
+    def lean(self) -> bool:
+        """Whether query and key are inputs but for their norms, so that little is held while gradients are made."""
+        return self.only(self.late_unit("query"), "query") and self.only(self.late_unit("key"), "key")
+
+    @property
     def early_gradients(self) -> tuple[str, ...]:
         """The inputs whose gradients are whole once the query has its own."""
         unit = self.late_unit("query")
         roles = {"query", *((unit.name,) if unit and self.only(unit, "query") else ())}
         return tuple(x.name for x in self.gradients if x.terms and roles.issuperset(term.role for term in x.terms))
+
+    def uses_unit(self, role: str) -> bool:
+        return any(role in unit.users for unit in self.units)
 
     @property
     def early_terms(self) -> tuple[tuple[Gradient, tuple[Term, ...]], ...]:
@@ -168,6 +176,17 @@ class ErasePlan:
         """The rows whose norms the forward keeps, after erase_factors: those that are inputs as they lie."""
         return tuple(row for row in ("q", "b") if row in self.erase_rows and self.direct_row(row))
 
+    @property
+    def row_numbers(self) -> tuple[str, ...]:
+        """What the forward keeps a token, in fn: the norms of these rows, and the log decay since the chunk's start."""
+        return (*self.late_norms, *(("c",) if self.erase and self.decay == "scalar" else ()))
+
+    @property
+    def row_numbers_text(self) -> str:
+        norms = ("norms, as 1 over them",) if self.late_norms else ()
+        decays = ("log decays since the chunk's start, of a row by itself in fp32",) if "c" in self.row_numbers else ()
+        return "; ".join((*norms, *decays))
+
     def direct_row(self, row: str) -> TensorArg | None:
         """The input that rows of a role are as they lie, if they are one but for its norm."""
         unit = self.late_unit({"q": "query", "b": "key"}[row]) if row in ("q", "b") else None
@@ -195,7 +214,7 @@ class ErasePlan:
             return ()
         pairs = ("M", "A") if self.delta else ("M", "A", "B", "C")
         decay = ("en",) if self.decay != "none" else ()
-        rows = (*(("fs",) if self.erase_factors else ()), *(("fn",) if self.late_norms else ()))
+        rows = (*(("fs",) if self.erase_factors else ()), *(("fn",) if self.row_numbers else ()))
         return (*pairs, *rows, *decay, *(("far",) if self.decay == "key" else ()))
 
     @property

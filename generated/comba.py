@@ -108,7 +108,7 @@ def store_columns(p_x, b_x, i_lo, i_hi, stride, i_v, V: tl.constexpr, BV: tl.con
 
 # All that needs no state, so that the serial kernels are left with little to do for each chunk; a program owns a chunk and a head.
 # rq [B, T, H, K]: rows of the roles; not PAIRS: nothing but these.
-# fs [B, H, T, 4]: what rows of query, a, b and the value are multiplied by. fn [1, B, T, H]: norms, as 1 over them.
+# fs [B, H, T, 4]: what rows of query, a, b and the value are multiplied by. fn [2, B, H, T]: norms, as 1 over them; log decays since the chunk's start, of a row by itself in fp32.
 # Matrices [B, T, H, BT] of the pairs of tokens inside the chunk: With q, a, b the rows of query and erase, decayed in between: M = (1 + a b^T)^-1 - 1, A = scale q b^T.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def comba_intra_kernel(
@@ -240,7 +240,8 @@ def comba_intra_kernel(
         b_fa = b_e * b_ea * b_norm_unit1
         b_rows = packed(scale * b_eq, b_fa, b_ek * b_norm_unit1, tl.where(m_t, b_beta, 0.0), BT)
         tl.store(fs + (((i_b * H + i_h) * T + o_t)[:, None] * 4 + tl.arange(0, 4)[None, :]), b_rows, mask=m_t[:, None])
-        tl.store(fn + 0 * fn_sp.to(tl.int64) + o_row, b_norm_unit1, mask=m_t)
+        tl.store(fn + (0 * fn_sp.to(tl.int64) + (i_b * H + i_h) * T + i_t) + o_i, b_norm_unit1, mask=m_t)
+        tl.store(fn + (1 * fn_sp.to(tl.int64) + (i_b * H + i_h) * T + i_t) + o_i, b_c, mask=m_t)
         tl.store(en + i_ph, b_en)
         # [BT, BT]
         if DOT == tl.bfloat16:
@@ -559,6 +560,9 @@ def comba_bwd_kernel(
     beta,
     b,
     d,
+    rq,
+    fs,
+    en,
     fn,
     fn_sp,
     do,
@@ -650,8 +654,6 @@ def comba_bwd_kernel(
     o_k = tl.arange(0, BK)
     m_k = o_k < K
     m_tk = m_t[:, None] & m_k[None, :]
-    m_read = o_i[None, :] <= o_i[:, None]
-    m_after = o_i[None, :] > o_i[:, None]
     b_sum_g = tl.zeros([BT], dtype=tl.float32)
     b_sum_beta = tl.zeros([BT], dtype=tl.float32)
     b_sum_b = tl.zeros([BT], dtype=tl.float32)
@@ -662,27 +664,9 @@ def comba_bwd_kernel(
     b_g = tl.load(g + o_t * g_st, mask=m_t, other=0.0).to(tl.float32)
     # [BT]
     b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
-    # [BT]: the number of what is taken away; where it is 0 its own gradient is that at 1, and b_on is 0
-    b_e = tl.where(m_t, tl.sigmoid(b_b_) * b_beta, 0.0)
-    b_on = tl.where(b_e == 0.0, 0.0, 1.0)
-    b_ez = tl.where(b_e == 0.0, 1.0, b_e)
-    b_nb = tl.load(fn + 0 * fn_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
     # [BT]
     b_ld = tl.where(m_t, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-    b_c = tl.cumsum(b_ld, 0) if DOT == tl.bfloat16 else b_ld
-    if DOT == tl.bfloat16:
-        b_ek = tl.exp(tl.sum(b_ld, 0) - b_c)
-    else:
-        b_ek = tl.exp(tl.sum(tl.where(m_after, b_ld[None, :], 0.0), 1))
-    if DOT == tl.bfloat16:
-        b_eq = tl.exp(b_c)
-    else:
-        b_eq = tl.exp(tl.sum(tl.where(m_read, b_ld[None, :], 0.0), 1))
-    if DOT == tl.bfloat16:
-        b_ea = tl.exp(b_c - b_ld)
-    else:
-        b_ea = tl.exp(tl.sum(tl.where(o_i[None, :] < o_i[:, None], b_ld[None, :], 0.0), 1))
-    b_en = tl.exp(tl.sum(b_ld, 0))
+    i_bh = (i_b * H + i_h) * T
     # gradients of scale q b^T [BT, BT] and of the query by the first state [BT, BK]
     b_dA = tl.zeros([BT, BT], dtype=tl.float32)
     b_dqr = tl.zeros([BT, BK], dtype=tl.float32)
@@ -699,24 +683,8 @@ def comba_bwd_kernel(
         b_h = tl.load(hs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
         b_dA += tl.dot(b_do, tl.trans(b_hw), input_precision=PRECISION)
         b_dqr += tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
-    # [BT, BK]
-    p_x = q + o_t[:, None] * q_st + o_k[None, :]
-    b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-    # [BT, BK]
-    p_x = k + o_t[:, None] * k_st + o_k[None, :]
-    b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-    # [BT, BK] and [BT]
-    b_unit0 = b_q
-    b_norm_unit0 = 1.0 / tl.sqrt(tl.sum(b_unit0 * b_unit0, 1) + 1e-06)
-    b_unit0 *= b_norm_unit0[:, None]
-    # [BT, BK] and [BT]
-    b_unit1 = b_k
-    b_norm_unit1 = 1.0 / tl.sqrt(tl.sum(b_unit1 * b_unit1, 1) + 1e-06)
-    b_unit1 *= b_norm_unit1[:, None]
-    b_rb = b_k.to(DOT)
-    # [BT, BK]
-    b_query = tl.where(m_tk, b_unit0 - b_d_ * b_unit1, 0.0)
-    b_rq = b_query.to(DOT)
+    b_nb = tl.load(fn + (0 * fn_sp.to(tl.int64) + i_bh + i_t) + o_i, mask=m_t, other=0.0)
+    b_c = tl.load(fn + (1 * fn_sp.to(tl.int64) + i_bh + i_t) + o_i, mask=m_t, other=0.0) if DOT == tl.bfloat16 else b_ld
     if DOT == tl.bfloat16:
         # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
         b_D = tl.exp(b_c[:, None] - b_c[None, :])
@@ -728,12 +696,15 @@ def comba_bwd_kernel(
     b_D *= b_nb[None, :]
     b_pA = (b_dA * b_D).to(DOT)
     # [BT, BK]
-    b_dquery = b_dqr * (scale * b_eq)[:, None]
+    b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+    # [BT, BK]
+    b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    b_fq = tl.load(fs + (i_bh + i_t) * 4 + (o_i * 4 + 0), mask=m_t, other=0.0)
+    # [BT, BK]
+    b_dquery = b_dqr * b_fq[:, None]
     b_dquery += tl.dot(b_pA, b_rb, input_precision=PRECISION)
     # rows and sums of products are rounded alike, so that pairs on one side of a token cancel in the decay's gradient
     b_xq = tl.sum(b_dquery * b_rq.to(tl.float32), 1)
-    if dd is not None:
-        b_sum_d += tl.sum(b_dquery * (-b_unit1), 1)
     # gradients of a b^T [BT, BT] and of a by the first state [BT, BK]
     b_dD = tl.zeros([BT, BT], dtype=tl.float32)
     b_dar = tl.zeros([BT, BK], dtype=tl.float32)
@@ -762,6 +733,73 @@ def comba_bwd_kernel(
             tl.store(p_dv, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
         if dbeta is not None:
             b_sum_beta += tl.sum(b_dvalue * (b_v), 1)
+    # [BT]: the number of what is taken away; where it is 0 its own gradient is that at 1, and b_on is 0
+    b_e = tl.where(m_t, tl.sigmoid(b_b_) * b_beta, 0.0)
+    b_on = tl.where(b_e == 0.0, 0.0, 1.0)
+    b_ez = tl.where(b_e == 0.0, 1.0, b_e)
+    b_nb = tl.load(fn + (0 * fn_sp.to(tl.int64) + i_bh + i_t) + o_i, mask=m_t, other=0.0)
+    b_c = tl.load(fn + (1 * fn_sp.to(tl.int64) + i_bh + i_t) + o_i, mask=m_t, other=0.0) if DOT == tl.bfloat16 else b_ld
+    if DOT == tl.bfloat16:
+        b_ea = tl.exp(b_c - b_ld)
+    else:
+        b_ea = tl.exp(tl.sum(tl.where(o_i[None, :] < o_i[:, None], b_ld[None, :], 0.0), 1))
+    if DOT == tl.bfloat16:
+        # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+        b_E = tl.exp((b_c - b_ld)[:, None] - b_c[None, :])
+    else:
+        b_E = tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0)
+        b_E = tl.exp(sum_steps(o_i[None, :] < o_i[:, None], b_E, 2, DOT, SUM_PRECISION))
+    b_E = tl.where(o_i[:, None] > o_i[None, :], b_E, 0.0)
+    b_E *= (b_ez * b_nb)[:, None]
+    b_E *= b_nb[None, :]
+    b_pD = (b_dD * b_E).to(DOT)
+    # [BT, BK]
+    b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+    # [BT, BK]
+    b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    # [BT, BK]
+    b_dkey = b_dar * (b_ez * b_ea * b_nb)[:, None]
+    b_dkey += tl.dot(b_pD, b_rb, input_precision=PRECISION)
+    b_xa = tl.sum(b_dkey * b_rb.to(tl.float32), 1)
+    b_derase = b_xa / b_ez
+    b_xa *= b_on
+    b_dkey *= b_on[:, None]
+    b_pD = (b_pD * b_on[:, None]).to(DOT)
+    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pA), b_rq, input_precision=PRECISION))
+    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pD), b_rb, input_precision=PRECISION))
+    b_xk = tl.sum(b_dkey * b_rb.to(tl.float32), 1) - b_xa
+    # gradients of b by the last state [BT, BK]
+    b_dbd = tl.zeros([BT, BK], dtype=tl.float32)
+    b_fb = tl.load(fs + (i_bh + i_t) * 4 + (o_i * 4 + 2), mask=m_t, other=0.0)
+    # states times adjoints
+    b_all = 0.0
+    for i_v in range(tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        m_tv = m_t[:, None] & m_v[None, :]
+        m_kv = m_k[:, None] & m_v[None, :]
+        b_hw = tl.load(hw + (o_row[:, None] * V + o_v[None, :]), mask=m_tv, other=0.0)
+        # [BK, BV]
+        b_dh = tl.load(dhs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
+        b_dbd += tl.dot(b_hw, tl.trans(b_dh), input_precision=PRECISION)
+        if NEED_DECAY:
+            b_h = tl.load(hs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
+            b_all += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32))
+    # [BT, BK]
+    b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    b_xw = tl.sum(b_dbd * b_rb.to(tl.float32), 1) * b_fb
+    b_dkey += b_dbd * b_fb[:, None]
+    # again: not held in between
+    # [BT]
+    b_g = tl.load(g + o_t * g_st, mask=m_t, other=0.0).to(tl.float32)
+    # [BT]
+    b_ld = tl.where(m_t, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+    if NEED_DECAY:
+        b_dlog_decay = tl.cumsum(b_xq - b_xk, 0, reverse=True) + (tl.cumsum(b_xw, 0) - b_xw)
+        b_dlog_decay += tl.cumsum(b_xa, 0, reverse=True) - b_xa
+        b_dlog_decay = tl.where(m_t, b_dlog_decay + b_all * tl.load(en + i_ph), 0.0)
+    b_nb = tl.load(fn + (0 * fn_sp.to(tl.int64) + i_bh + i_t) + o_i, mask=m_t, other=0.0)
+    b_dkey *= (1.0 / b_nb)[:, None]
     # [BT, BK]
     p_x = q + o_t[:, None] * q_st + o_k[None, :]
     b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
@@ -776,64 +814,6 @@ def comba_bwd_kernel(
     b_unit1 = b_k
     b_norm_unit1 = 1.0 / tl.sqrt(tl.sum(b_unit1 * b_unit1, 1) + 1e-06)
     b_unit1 *= b_norm_unit1[:, None]
-    b_rb = b_k.to(DOT)
-    # [BT, BK]
-    b_query = tl.where(m_tk, b_unit0 - b_d_ * b_unit1, 0.0)
-    b_rq = b_query.to(DOT)
-    if DOT == tl.bfloat16:
-        # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-        b_E = tl.exp((b_c - b_ld)[:, None] - b_c[None, :])
-    else:
-        b_E = tl.where(o_i[:, None] > o_i[None, :], b_ld[:, None], 0.0)
-        b_E = tl.exp(sum_steps(o_i[None, :] < o_i[:, None], b_E, 2, DOT, SUM_PRECISION))
-    b_E = tl.where(o_i[:, None] > o_i[None, :], b_E, 0.0)
-    b_E *= (b_ez * b_nb)[:, None]
-    b_E *= b_nb[None, :]
-    b_pD = (b_dD * b_E).to(DOT)
-    # [BT, BK]
-    b_dkey = b_dar * (b_ez * b_ea * b_nb)[:, None]
-    b_dkey += tl.dot(b_pD, b_rb, input_precision=PRECISION)
-    b_xa = tl.sum(b_dkey * b_rb.to(tl.float32), 1)
-    b_derase = b_xa / b_ez
-    b_xa *= b_on
-    b_dkey *= b_on[:, None]
-    b_pD = (b_pD * b_on[:, None]).to(DOT)
-    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pA), b_rq, input_precision=PRECISION))
-    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pD), b_rb, input_precision=PRECISION))
-    b_xk = tl.sum(b_dkey * b_rb.to(tl.float32), 1) - b_xa
-    # gradients of b by the last state [BT, BK]
-    b_dbd = tl.zeros([BT, BK], dtype=tl.float32)
-    # [BK]: states times adjoints
-    b_all = tl.zeros([BK], dtype=tl.float32)
-    for i_v in range(tl.cdiv(V, BV)):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = o_v < V
-        m_tv = m_t[:, None] & m_v[None, :]
-        m_kv = m_k[:, None] & m_v[None, :]
-        b_hw = tl.load(hw + (o_row[:, None] * V + o_v[None, :]), mask=m_tv, other=0.0)
-        # [BK, BV]
-        b_dh = tl.load(dhs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
-        b_dbd += tl.dot(b_hw, tl.trans(b_dh), input_precision=PRECISION)
-        if NEED_DECAY:
-            b_h = tl.load(hs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
-            b_all += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
-    # [BT, BK]
-    p_x = k + o_t[:, None] * k_st + o_k[None, :]
-    b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-    # [BT, BK] and [BT]
-    b_unit1 = b_k
-    b_norm_unit1 = 1.0 / tl.sqrt(tl.sum(b_unit1 * b_unit1, 1) + 1e-06)
-    b_unit1 *= b_norm_unit1[:, None]
-    b_rb = b_k.to(DOT)
-    b_dbd *= (b_ek * b_nb)[:, None]
-    b_xw = tl.sum(b_dbd * b_rb.to(tl.float32), 1)
-    b_dkey += b_dbd
-    if NEED_DECAY:
-        b_x = tl.where(o_i[None, :] >= o_i[:, None], (b_xq - b_xk)[None, :], 0.0)
-        b_x += tl.where(o_i[None, :] > o_i[:, None], b_xa[None, :], 0.0)
-        b_x += tl.where(o_i[None, :] < o_i[:, None], b_xw[None, :], 0.0)
-        b_dlog_decay = tl.where(m_t, tl.sum(b_x, 1) + tl.sum(b_all, 0) * b_en, 0.0)
-    b_dkey *= (1.0 / b_nb)[:, None]
     # [BT, BK]
     b_dunit0 = b_dquery
     b_dunit0 -= b_unit0 * tl.sum(b_dunit0 * b_unit0, 1)[:, None]
@@ -857,6 +837,8 @@ def comba_bwd_kernel(
         b_sum_beta += b_derase * (tl.sigmoid(b_b_))
     if db is not None:
         b_sum_b += b_derase * (b_beta * tl.sigmoid(-b_b_) * tl.sigmoid(b_b_))
+    if dd is not None:
+        b_sum_d += tl.sum(b_dquery * (-b_unit1), 1)
     if dg is not None:
         tl.store(dg + o_row, b_sum_g.to(dg.dtype.element_ty), mask=m_t)
     if dbeta is not None:
@@ -1050,7 +1032,7 @@ def intra(q, k, g, beta, b, d, cu_seqlens, scale, s, shape, kept=None):
     if is_first:
         kept = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", )}
         kept["fs"] = torch.empty(B, H, T, 4, dtype=torch.float32, device=like.device)
-        kept["fn"] = torch.empty(1, B, T, H, dtype=torch.float32, device=like.device)
+        kept["fn"] = torch.empty(2, B, H, T, dtype=torch.float32, device=like.device)
         kept["en"] = torch.empty(chunks, H, dtype=torch.float32, device=like.device)
     made = {x: made for x, made in kept.items() if x != "fn"}
     made |= {x: torch.empty(B, T, H, K, dtype=common, device=like.device) for x in ("rq", )}
@@ -1242,6 +1224,9 @@ def bwd(q, k, v, g, beta, b, d, do, hc, kept, dht, cu_seqlens, scale, s, needs, 
     t = s.bwd_intra
     comba_bwd_kernel[(chunks * H,)](
         q, k, v, g, beta, b, d,
+        rq=made["rq"],
+        fs=made["fs"],
+        en=made["en"],
         fn=kept["fn"],
         fn_sp=B * T * H,
         do=do,

@@ -90,7 +90,7 @@ def store_columns(p_x, b_x, i_lo, i_hi, stride, i_v, V: tl.constexpr, BV: tl.con
 
 
 # All that needs no state, so that the serial kernels are left with little to do for each chunk; a program owns a chunk and a head.
-# fs [B, H, T, 4]: what rows of query, a, b and the value are multiplied by. fn [2, B, T, H]: norms, as 1 over them.
+# fs [B, H, T, 4]: what rows of query, a, b and the value are multiplied by. fn [2, B, H, T]: norms, as 1 over them.
 # Matrices [B, T, H, BT] of the pairs of tokens inside the chunk: With q, a, b the rows of query and erase, decayed in between: M = (1 + a b^T)^-1 - 1, A = scale q b^T.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def delta_net_intra_kernel(
@@ -176,8 +176,8 @@ def delta_net_intra_kernel(
     b_fa = b_e * b_norm_unit1
     b_rows = packed(scale * b_norm_unit0, b_fa, b_norm_unit1, tl.where(m_t, b_beta, 0.0), BT)
     tl.store(fs + (((i_b * H + i_h) * T + o_t)[:, None] * 4 + tl.arange(0, 4)[None, :]), b_rows, mask=m_t[:, None])
-    tl.store(fn + 0 * fn_sp.to(tl.int64) + o_row, b_norm_unit0, mask=m_t)
-    tl.store(fn + 1 * fn_sp.to(tl.int64) + o_row, b_norm_unit1, mask=m_t)
+    tl.store(fn + (0 * fn_sp.to(tl.int64) + (i_b * H + i_h) * T + i_t) + o_i, b_norm_unit0, mask=m_t)
+    tl.store(fn + (1 * fn_sp.to(tl.int64) + (i_b * H + i_h) * T + i_t) + o_i, b_norm_unit1, mask=m_t)
     # [BT, BT]
     b_D = tl.where(o_i[:, None] >= o_i[None, :], 1.0, 0.0)
     b_E = tl.where(o_i[:, None] > o_i[None, :], 1.0, 0.0)
@@ -488,6 +488,7 @@ def delta_net_bwd_kernel(
     k,
     v,
     beta,
+    fs,
     fn,
     fn_sp,
     do,
@@ -567,14 +568,8 @@ def delta_net_bwd_kernel(
     b_sum_beta = tl.zeros([BT], dtype=tl.float32)
     # [BT]
     b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
-    # [BT]: the number of what is taken away; where it is 0 its own gradient is that at 1, and b_on is 0
-    b_e = tl.where(m_t, b_beta, 0.0)
-    b_on = tl.where(b_e == 0.0, 0.0, 1.0)
-    b_ez = tl.where(b_e == 0.0, 1.0, b_e)
-    b_nq = tl.load(fn + 0 * fn_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
-    b_nb = tl.load(fn + 1 * fn_sp.to(tl.int64) + o_row, mask=m_t, other=0.0)
 
-
+    i_bh = (i_b * H + i_h) * T
     # gradients of scale q b^T [BT, BT] and of the query by the first state [BT, BK]
     b_dA = tl.zeros([BT, BT], dtype=tl.float32)
     b_dqr = tl.zeros([BT, BK], dtype=tl.float32)
@@ -591,16 +586,19 @@ def delta_net_bwd_kernel(
         b_h = tl.load(hs + i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0)
         b_dA += tl.dot(b_do, tl.trans(b_hw), input_precision=PRECISION)
         b_dqr += tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
-    # [BT, BK]
-    b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
-    # [BT, BK]
-    b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    b_nq = tl.load(fn + (0 * fn_sp.to(tl.int64) + i_bh + i_t) + o_i, mask=m_t, other=0.0)
+    b_nb = tl.load(fn + (1 * fn_sp.to(tl.int64) + i_bh + i_t) + o_i, mask=m_t, other=0.0)
     b_D = tl.where(o_i[:, None] >= o_i[None, :], 1.0, 0.0)
     b_D *= (b_nq * scale)[:, None]
     b_D *= b_nb[None, :]
     b_pA = (b_dA * b_D).to(DOT)
     # [BT, BK]
-    b_dquery = b_dqr * (scale * b_nq)[:, None]
+    b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    # [BT, BK]
+    b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    b_fq = tl.load(fs + (i_bh + i_t) * 4 + (o_i * 4 + 0), mask=m_t, other=0.0)
+    # [BT, BK]
+    b_dquery = b_dqr * b_fq[:, None]
     b_dquery += tl.dot(b_pA, b_rb, input_precision=PRECISION)
     # rows and sums of products are rounded alike, so that pairs on one side of a token cancel in the decay's gradient
     b_xq = tl.sum(b_dquery * b_rq.to(tl.float32), 1)
@@ -637,14 +635,20 @@ def delta_net_bwd_kernel(
             tl.store(p_dv, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
         if dbeta is not None:
             b_sum_beta += tl.sum(b_dvalue * (b_v), 1)
-    # [BT, BK]
-    b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
-    # [BT, BK]
-    b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    # [BT]: the number of what is taken away; where it is 0 its own gradient is that at 1, and b_on is 0
+    b_e = tl.where(m_t, b_beta, 0.0)
+    b_on = tl.where(b_e == 0.0, 0.0, 1.0)
+    b_ez = tl.where(b_e == 0.0, 1.0, b_e)
+    b_nb = tl.load(fn + (1 * fn_sp.to(tl.int64) + i_bh + i_t) + o_i, mask=m_t, other=0.0)
+
     b_E = tl.where(o_i[:, None] > o_i[None, :], 1.0, 0.0)
     b_E *= (b_ez * b_nb)[:, None]
     b_E *= b_nb[None, :]
     b_pD = (b_dD * b_E).to(DOT)
+    # [BT, BK]
+    b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+    # [BT, BK]
+    b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
     # [BT, BK]
     b_dkey = b_dar * (b_ez * b_nb)[:, None]
     b_dkey += tl.dot(b_pD, b_rb, input_precision=PRECISION)
@@ -653,11 +657,17 @@ def delta_net_bwd_kernel(
     b_xa *= b_on
     b_dkey *= b_on[:, None]
     b_pD = (b_pD * b_on[:, None]).to(DOT)
-    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pA), b_rq, input_precision=PRECISION))
-    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pD), b_rb, input_precision=PRECISION))
-    b_xk = tl.sum(b_dkey * b_rb.to(tl.float32), 1) - b_xa
+    if DOT == tl.bfloat16 and BK <= 128:
+        b_dkey = tl.dot(tl.trans(b_pA), b_rq, b_dkey, input_precision=PRECISION)
+    else:
+        b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pA), b_rq, input_precision=PRECISION))
+    if DOT == tl.bfloat16 and BK <= 128:
+        b_dkey = tl.dot(tl.trans(b_pD), b_rb, b_dkey, input_precision=PRECISION)
+    else:
+        b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pD), b_rb, input_precision=PRECISION))
     # gradients of b by the last state [BT, BK]
     b_dbd = tl.zeros([BT, BK], dtype=tl.float32)
+    b_fb = tl.load(fs + (i_bh + i_t) * 4 + (o_i * 4 + 2), mask=m_t, other=0.0)
     for i_v in range(tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = o_v < V
@@ -669,11 +679,11 @@ def delta_net_bwd_kernel(
         b_dbd += tl.dot(b_hw, tl.trans(b_dh), input_precision=PRECISION)
     # [BT, BK]
     b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
-    b_dbd *= (b_nb)[:, None]
-    b_xw = tl.sum(b_dbd * b_rb.to(tl.float32), 1)
-    b_dkey += b_dbd
-    b_xz = b_xa + b_xk + b_xw
+    b_dkey += b_dbd * b_fb[:, None]
+    b_xz = tl.sum(b_dkey * b_rb.to(tl.float32), 1)
+    b_nb = tl.load(fn + (1 * fn_sp.to(tl.int64) + i_bh + i_t) + o_i, mask=m_t, other=0.0)
     b_dunit1 = b_dkey - (b_nb * b_nb * b_xz)[:, None] * b_rb.to(tl.float32)
+
 
     if dk is not None:
         b_dk_ = b_dunit1
@@ -842,7 +852,7 @@ def intra(q, k, beta, cu_seqlens, scale, s, shape, kept=None):
     if is_first:
         kept = {x: torch.empty(B, T, H, t.BT, dtype=common, device=like.device) for x in ("M", "A", )}
         kept["fs"] = torch.empty(B, H, T, 4, dtype=torch.float32, device=like.device)
-        kept["fn"] = torch.empty(2, B, T, H, dtype=torch.float32, device=like.device)
+        kept["fn"] = torch.empty(2, B, H, T, dtype=torch.float32, device=like.device)
     made = {x: made for x, made in kept.items() if x != "fn"}
     if not is_first:
         return made, kept
@@ -1028,6 +1038,7 @@ def bwd(q, k, v, beta, do, hc, kept, dht, cu_seqlens, scale, s, needs, initial=F
     t = s.bwd_intra
     delta_net_bwd_kernel[(chunks * H,)](
         q, k, v, beta,
+        fs=made["fs"],
         fn=kept["fn"],
         fn_sp=B * T * H,
         do=do,
