@@ -175,7 +175,7 @@ class Plan(ErasePlan):
         """Whether sums over the steps between two rows are taken by products."""
         if self.vector:
             return False
-        return self.tree or self.complex or self.decay == "scalar" or (self.tiled and self.normalized)
+        return self.tree or self.complex or self.decay == "scalar"
 
     @property
     def read_op(self) -> str:

@@ -26,6 +26,8 @@ def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
                   when="decode")  # fmt: skip
     if plan.intra:
         return (*_by_key_forward(plan), scan, *_by_key_backward(plan), step)
+    if plan.tiled:
+        return (*_tiled_forward(plan), scan, *_tiled_backward(plan), step)
     keys = tuple(one.name for one in plan.state_tensors if not one.is_constant)
     queries = tuple(one.name for one in plan.adjoint_tensors if not one.is_constant)
     decays = tuple(one.name for one in plan.decay_tensors if not one.is_constant) if plan.prepared else ()
@@ -52,7 +54,7 @@ def _state(plan: Plan) -> tuple[str, ...]:
 def _backward(plan: Plan) -> tuple[Kernel, ...]:
     names = tuple(one.name for one in plan.inputs)
     state = _state(plan)
-    if not plan.sweeps and not plan.tiled:
+    if not plan.sweeps:
         whole = Kernel(name=f"{plan.name}_bwd_kernel", direction="backward", reads=(*names, "do", *state),
                        writes=tuple(f"d{name}" for name in names), when="a gradient is asked for")  # fmt: skip
         return (whole,)
@@ -61,11 +63,6 @@ def _backward(plan: Plan) -> tuple[Kernel, ...]:
         ("dg", "either", ("log_decay", "gate", "factor")),
     )  # fmt: skip
     found = []
-    if plan.tiled:
-        sweeps = (("dq", "forward", ("query",)), ("dkv", "backward", ("key", "value")))
-        if plan.normalized:
-            found.append(Kernel(name=f"{plan.name}_dn_kernel", direction="either", reads=("do", "o"), writes=("dden",),
-                                when="a gradient is asked for"))  # fmt: skip
     for kernel, direction, roles in sweeps:
         writes = tuple(f"d{x.name}" for x in plan.gradients_of(*roles))
         if not writes:
@@ -75,6 +72,37 @@ def _backward(plan: Plan) -> tuple[Kernel, ...]:
         when = f"a gradient of what {' or '.join(roles)} uses is asked for"
         found.append(Kernel(name=f"{plan.name}_{kernel}_kernel", direction=direction, reads=reads, writes=writes,
                             when=when))  # fmt: skip
+    return tuple(found)
+
+
+def _tiled_forward(plan: Plan) -> tuple[Kernel, ...]:
+    state = _state(plan)
+    keys = tuple(x.name for x in plan.state_tensors if not x.is_constant)
+    names = tuple(x.name for x in plan.inputs)
+    return (
+        Kernel(name=f"{plan.name}_fwd_state_kernel", direction="forward", reads=keys, writes=state,
+               when="always, and before the backward: states at the starts of spans of tokens"),
+        Kernel(name=f"{plan.name}_fwd_kernel", direction="chunks", reads=(*names, *state), writes=("o",),
+               when="always"),
+    )  # fmt: skip
+
+
+def _tiled_backward(plan: Plan) -> tuple[Kernel, ...]:
+    state = _state(plan)
+    adjoint = tuple(f"d{x}" for x in state)
+    names = tuple(x.name for x in plan.inputs)
+    queries = tuple(x.name for x in plan.adjoint_tensors if not x.is_constant)
+    dn = Kernel(name=f"{plan.name}_dn_kernel", direction="chunks", reads=("do", "o"), writes=("dden",),
+                when="a gradient is asked for: that of the normaliser")  # fmt: skip
+    found = [dn] if plan.normalized else []
+    for kernel, roles, given in (("dq", ("query",), state), ("dkv", ("key", "value"), adjoint)):
+        when = f"a gradient of what {' or '.join(roles)} uses is asked for"
+        if kernel == "dkv":
+            found.append(Kernel(name=f"{plan.name}_bwd_state_kernel", direction="backward", reads=(*queries, "do"),
+                                writes=adjoint, when=f"{when}: adjoints at the ends of spans"))  # fmt: skip
+        writes = tuple(f"d{x.name}" for x in plan.gradients_of(*roles))
+        found.append(Kernel(name=f"{plan.name}_{kernel}_kernel", direction="chunks", reads=(*names, "do", *given),
+                            writes=writes, when=when))  # fmt: skip
     return tuple(found)
 
 

@@ -163,12 +163,12 @@ OWN_BLOCKS = frozenset(
     fk fq kd qd vd en ek eq cn sn ck sk cr sr cl sl qc qs kc ks x xl xq xk xqi xki y yl yqi yki all weight first
     second k1 k2 q1 q2 tree gt at dquery dkey dvalue dlog_decay dphase dbonus dfq dfk dvi dqr dqi dkr dki dqc dqs
     dkc dks sum part pick picked f yq m fall gate before lg dgate top Ai Ab Abi ci cb cbi si ei back backi after
-    afteri gti dsi count df dh0 dh1 dh2 dot dpair h0 h1 h2 half0 half1 half2 pick0 pick1 pick2 qr inv vt with0 with1
-    with2 zq zt a b e hw dhw M B C E dB dC dD dar dbd dkd ea xa xw or ol late early corner rq ra rb rk fa fb za zb
+    afteri gti dsi count df dh0 dh1 dh2 dot dpair h0 qr inv zq zt a b e hw dhw M B C E dB dC dD dar dbd dkd ea xa xw
+    or ol late early corner rq ra rb rk fa fb za zb
     zkey ce vf rn wt nz kz ones dw row rest last sums even odd
     da db derase derase_a derase_b pA pB pC pD
     on ez nq nb xz rkey hd hwd qdi kdi tn aq ak ce se zri zli dqdr dqdi dkdr dkdi ally es one rows gn_ahead tn_ahead
-    wA wB dfar qfar kfar kfari xlfar ylfar dfactor ow less
+    wA wB dfar qfar kfar kfari xlfar ylfar dfactor ow less kt qt half with vt
     """.split()  # noqa: SIM905
 )
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 CHECKPOINT = 256  # tokens between the states that the training forward keeps
-TILES = 3  # of a state over Taylor features of order 2
+FEATURES = 64  # rows of a tile of a state over Taylor features of order 2; with 16 gradients were wrong on Hopper
 STAGED = 200 << 10  # bytes of shared memory that three stages of chunks and a state of 128 x 128 take at the most
 # channels, of keys and of values, of the narrowest block of 16-bit operands: with 16 or 32 beside chunks of 64 outputs
 # and gradients were wrong with Triton 3.6 on Hopper, or an address was bad, whatever the kernel
@@ -171,7 +171,7 @@ def schedule(
     bwd = tile(BT, BV, BF * BV * parts, 1)
     fwd = bwd
     if plan.tiled:
-        fwd = bwd = feature_tile(BF, whole, chunk_size and BT, low)
+        fwd = bwd = Tile(BT, min(whole, 128 if low else 64), 4, 1)
     # blocks of more than 128 rows and 32 columns gave wrong outputs and bad addresses with Triton 3.6 on Hopper
     elif not plan.serial_tree and BF <= 128:
         # half a state, and two programs at once on a multiprocessor
@@ -204,8 +204,10 @@ def schedule(
     rows = turned_tile(BT, BK, whole, bwd.num_stages) if plan.turned else sweep_tile(BT, BK, whole, low)
     if plan.erase:
         rows = fwd if fwd.num_stages == 3 else Tile(fwd.BT, fwd.BV, fwd.num_warps, 1)
-    fwd_L = piece(shape, programs * -(-shape.V // fwd.BV), device, LC)
-    bwd_L = piece(shape, programs * -(-shape.V // bwd.BV), device, LC)
+    # a program has a tile of features, and three fit a multiprocessor
+    states = -(-programs * -(-rows_of_state(plan, shape.K) // BF) // 3) if plan.tiled else programs
+    fwd_L = piece(shape, states * -(-shape.V // fwd.BV), device, LC)
+    bwd_L = piece(shape, states * -(-shape.V // bwd.BV), device, LC)
     beside = False
     # with smaller states three stages gave wrong normalisers with Triton 3.6 on Hopper, and they moved
     three, by_key = square and BT == 64, plan.intra and not plan.turned and not plan.normalized
@@ -254,9 +256,7 @@ def products(plan: Plan, shape: Shape, dtype: torch.dtype, chunk_size: int | Non
 
     # a state of few rows is rewritten over and over, and roundings of what is erased add up: bf16 would be too coarse
     low = dtype == torch.bfloat16 and not (plan.erase and shape.K <= 32)
-    F = rows_of_state(plan, shape.K)
-    # tiles of 16 gave wrong gradients on Hopper
-    BF = max(64, block(-(-F // TILES), triton)) if plan.tiled else block(F, triton, least(low))
+    BF = FEATURES if plan.tiled else block(rows_of_state(plan, shape.K), triton, least(low))
     widest = max(2 * BF if plan.complex else BF, shape.V)
     BT = min(chunk_size or chunk(plan, BF, low), longest(plan, widest, low))
     return low, BT, BF
@@ -313,13 +313,6 @@ def turned_tile(BT: int, widest: int, others: int, stages: int) -> Tile:
     """The same for complex states, of which a program has half in blocks of 64 or a quarter."""
     size = max(value_block(widest, 2 * others, STATE_ELEMENTS // 2), min(widest, 64, STATE_ELEMENTS // (2 * others)))
     return tile(BT, size, 2 * size * others, stages)
-
-
-def feature_tile(BF: int, widest: int, chunk_size: int | None, low: bool) -> Tile:
-    """The tile of kernels whose programs hold TILES tiles of BF features of the state, and blocks [BT, BF] of features
-    by the side of them. chunk_size: None for as many tokens as registers leave room for."""
-    BT = chunk_size or max(16, min(64 if low else 32, (1 << 12) // BF))
-    return Tile(BT, value_block(min(64, widest), BF * (TILES + 1), STATE_ELEMENTS), 4, 1)
 
 
 def serial_tile(BT: int, rows: int, columns: int) -> Tile:

@@ -43,15 +43,16 @@ MAX_HOST_POWER = 1024
 
 OP_KEYWORDS = ("scale", "initial_state", "output_final_state", "cu_seqlens", "state")
 # names that kernels, launchers and their arguments have in generated text
-_KERNEL_NAMES = """o den do h h0 ht hc hs hp dh dh0 dht dhp z z0 zt zc zs zp dz dz0 dzt dzp gt at monomial bos eos tl
-    torch triton self i s t like rows chunks make common needs initial final save gradient gradients sums fwd bwd scan
-    sizes pieces monomials num_warps num_stages is_first is_last n_c n_p n_s n_t locate sum_steps plus select scatter
-    tree_level tree_scores tree_apply tree_apply_complex device float64 qdq kdk hdh parts count alone kept need_decay
-    adjoints shape block prepare far n_far pairs grid by_key by_query qd kd gn A dqd dkd values segments need_query
-    need_key need_value peak rise peaks m m0 mt through last falls tops into rises passes compose read_rows dense dden
-    summed factors load_tile store_tile place load_sums store_sums apart hw dhw dhs intra run unit_inverse erase_level
-    erase_scores erase_apply turn turned sigmoid_of_minus rq ra rb rk fs fn en made decays gsum packed columns fork join
-     sides sum_columns from_rows to_rows store_columns COLUMNS starts of_value times ru"""
+_KERNEL_NAMES = """o den do h h0 ht hc hs hp dh dh0 dht dhp z z0 zt zc zs zp dz dz0 dzt dzp gt at monomial bos eos
+    tl torch triton self i s t like rows chunks make common needs initial final save gradient gradients sums fwd bwd
+    scan sizes pieces monomials num_warps num_stages is_first is_last n_c n_l n_p n_s n_t locate sum_steps plus
+    select scatter tree_level tree_scores tree_apply tree_apply_complex device float64 qdq kdk hdh parts count alone
+    kept need_decay adjoints shape block prepare far n_far pairs grid by_key by_query qd kd gn A dqd dkd values
+    segments need_query need_key need_value peak rise peaks m m0 mt through last falls tops into rises passes
+    compose read_rows dense dden summed factors hw dhw dhs intra run unit_inverse erase_level erase_scores
+    erase_apply turn turned sigmoid_of_minus rq ra rb rk fs fn en made decays gsum packed columns fork join sides
+    store_columns COLUMNS starts of_value times place span states slots given table inv dzs FACTORS
+    sum_columns from_rows to_rows ru"""
 KERNEL_NAMES = frozenset(_KERNEL_NAMES.split())
 AXES_OF = dict.fromkeys(("query", "key", "phase", "bonus", "erase_a", "erase_b"), "bthk") | {"value": "bthv"}
 

@@ -44,111 +44,26 @@ def plus(b_x, b_y):
     return b_x - (-b_y)
 
 
-@triton.jit
-def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISION: tl.constexpr):
-    """Sums of the rows of b_x [BT, BC] picked by m_steps [BT, BT], as a product. With bf16 operands b_x is taken in PARTS
-    parts: one is exact where b_x is bf16, two are good to 2^-17, three to 2^-25.
-    """
-    if DOT == tl.bfloat16:
-        b_m = m_steps.to(tl.float32).to(tl.bfloat16)
-        b_part = b_x.to(tl.bfloat16)
-        b_sum = tl.dot(b_m, b_part)
-        for _ in tl.static_range(PARTS - 1):
-            b_x = b_x - b_part.to(tl.float32)
-            b_part = b_x.to(tl.bfloat16)
-            b_sum = tl.dot(b_m, b_part, b_sum)
-        return b_sum
-    return tl.dot(m_steps.to(tl.float32), b_x, input_precision=SUM_PRECISION)
-
-
-@triton.jit
-def factors(monomial, i_f, K: tl.constexpr, F: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr):
-    """Which channels [BK, BF] are the first and the second factor of the monomials from i_f on, as zeros and ones for products;
-    last the first with a half where both are the same channel."""
-    o_k = tl.arange(0, BK)
-    o_f = i_f + tl.arange(0, BF)
-    m_f = o_f < F
-    b_first = tl.load(monomial + o_f, mask=m_f, other=-1)
-    b_second = tl.load(monomial + F + o_f, mask=m_f, other=-1)
-    b_part = tl.where((b_first == b_second) & (b_first < K), 0.5, 1.0)
-    m_first = o_k[:, None] == b_first[None, :]
-    b_pick = tl.where(m_first, 1.0, 0.0)
-    b_with = tl.where(o_k[:, None] == b_second[None, :], 1.0, 0.0)
-    return b_pick.to(DOT), b_with.to(DOT), (b_pick * b_part[None, :]).to(DOT)
-
-
-@triton.jit
-def load_tile(p_h, i_f, o_v, V: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
-    """Rows i_f to i_f + BF of a state [F, V], turned: [BV, BF], in fp32."""
-    o_f = i_f + tl.arange(0, BF)
-    m_vf = (o_v < V)[:, None] & (o_f < F)[None, :]
-    return tl.load(p_h + (o_f[None, :] * V + o_v[:, None]), mask=m_vf, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_tile(p_h, b_h, i_f, o_v, V: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
-    """The reverse."""
-    o_f = i_f + tl.arange(0, BF)
-    m_vf = (o_v < V)[:, None] & (o_f < F)[None, :]
-    tl.store(p_h + (o_f[None, :] * V + o_v[:, None]), b_h.to(p_h.dtype.element_ty), mask=m_vf)
-
-
-@triton.jit
-def place(K: tl.constexpr, BK: tl.constexpr):
-    """Where the sum of the product of two channels [BK, BK] lies among F; the channel K is the one."""
-    o_k = tl.arange(0, BK)
-    o_lo = tl.minimum(o_k[:, None], o_k[None, :])
-    o_hi = tl.maximum(o_k[:, None], o_k[None, :])
-    o_pair = 1 + K + o_lo * K - o_lo * (o_lo - 1) // 2 + (o_hi - o_lo)
-    return tl.where(o_lo == K, 0, tl.where(o_hi == K, 1 + o_lo, o_pair))
-
-
-@triton.jit
-def load_sums(p_z, K: tl.constexpr, BK: tl.constexpr):
-    """Sums [F] as a symmetric matrix [BK, BK]."""
-    o_k = tl.arange(0, BK)
-    m_z = (o_k <= K)[:, None] & (o_k <= K)[None, :]
-    return tl.load(p_z + place(K, BK), mask=m_z, other=0.0)
-
-
-@triton.jit
-def store_sums(p_z, b_z, K: tl.constexpr, BK: tl.constexpr):
-    """The reverse."""
-    o_k = tl.arange(0, BK)
-    m_z = (o_k[:, None] <= o_k[None, :]) & (o_k <= K)[None, :]
-    tl.store(p_z + place(K, BK), b_z, mask=m_z)
-
-
-@triton.jit
-def apart(K: tl.constexpr, BK: tl.constexpr):
-    """What of the gradient of a sum is one of its two entries in a symmetric matrix: a half, but for squares."""
-    o_k = tl.arange(0, BK)
-    return tl.where((o_k[:, None] == o_k[None, :]) & (o_k < K)[:, None], 1.0, 0.5)
-
-
-# A program owns a piece of one sequence, a head and a block of V; it carries the state in registers, chunk by chunk:
+# The states at the starts of spans: a program owns a piece of one sequence, a head, a block of V and a tile of the state's rows.
 #   S_t = S_{t-1} + f(k_t) v_t^T,  o_t = f(scale * q_t)^T S_t / (n + 1e-06),  n = the numerator with value 1,  f(x)^T f(y) = 1 + x^T y + (x^T y)^2 / 2
-# With o=None it only carries the state: the first of two passes over a sequence that is cut into pieces.
-# N, H, K, V, F: sequences, heads, key and value channels, rows of the state. L, LC: tokens per piece and per checkpoint.
+# PIECES: h0 has the states at the starts of the pieces. With hs=None all that is wanted are the end states of pieces, from zero: the
+# first of two passes over a sequence that is cut into pieces. hc: states every LC tokens, for the backward.
+# N, H, K, V, F: sequences, heads, key and value channels, rows of the state. L, LS: tokens per piece and per span.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
-def based_fwd_kernel(
-    q,
+def based_fwd_state_kernel(
     k,
     v,
-    o,
-    den,
-    z0,
-    zt,
-    zc,
     h0,
     ht,
+    hs,
     hc,
-    monomial,
+    z0,
+    zt,
+    zs,
+    zc,
+    table,
     cu_seqlens,
     scale,
-    q_sb,
-    q_st,
-    q_sh,
     k_sb,
     k_st,
     k_sh,
@@ -161,36 +76,33 @@ def based_fwd_kernel(
     L,
     NP,
     NC,
-    G_q: tl.constexpr,
     G_k: tl.constexpr,
     G_v: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
-    LC: tl.constexpr,
+    LS: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BF: tl.constexpr,
-    LEVELS: tl.constexpr,
+    LC: tl.constexpr,
     PIECES: tl.constexpr,
-    PARTS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
 ):
+    NF: tl.constexpr = (F + BF - 1) // BF
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
-    i_p = tl.program_id(0) // NV // H
+    i_f = tl.program_id(0) % NF
+    i_v = tl.program_id(0) // NF % NV
+    i_h = (tl.program_id(0) // (NF * NV) % H).to(tl.int64)
+    i_p = tl.program_id(0) // (NF * NV) // H
     i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
     i_n = i_n.to(tl.int64)
     i_b = i_n if cu_seqlens is None else i_n * 0
     # row of the piece, and of the sequence, in tensors with a head axis
     i_ph = i_p.to(tl.int64) * H + i_h
     i_nh = i_n * H + i_h
-    q += i_b * q_sb
-    q += (i_h // G_q) * q_sh
     k += i_b * k_sb
     k += (i_h // G_k) * k_sh
     v += i_b * v_sb
@@ -201,40 +113,40 @@ def based_fwd_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    # the matrices stay in shared memory, unless they are too many for it
-    HELD: tl.constexpr = BK * BF <= (4096 if DOT == tl.bfloat16 else 2048)
-    if HELD:
-        # [BK, BF]
-        b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-        b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-        b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-    # [BV, BF]
-    b_h0 = tl.zeros([BV, BF], dtype=tl.float32)
-    b_h1 = tl.zeros([BV, BF], dtype=tl.float32)
-    b_h2 = tl.zeros([BV, BF], dtype=tl.float32)
-    # [BK, BK]: sums of products of two channels
-    b_z = tl.zeros([BK, BK], dtype=tl.float32)
-    # half of the number of tokens before, for the series is (1 + (1 + s)^2) / 2
-    b_count = 0.0
+    o_f = i_f * BF + tl.arange(0, BF)
+    m_f = o_f < F
+    m_fv = m_f[:, None] & m_v[None, :]
+    o_fv = o_f[:, None] * V + o_v[None, :]
+    # [BF, BK]: the factors of the tile's monomials
+    p_m = table + (o_f[:, None] * BK + o_k[None, :])
+    NM: tl.constexpr = NF * BF * BK
+    b_first = tl.load(p_m)
+    b_second = tl.load(p_m + NM)
+    b_h = tl.zeros([BF, BV], dtype=tl.float32)
+    # [BF]: sums of features
+    b_z = tl.zeros([BF], dtype=tl.float32)
     if h0 is not None:
         i_s = i_ph if PIECES else i_nh
-        b_h0 = load_tile(h0 + i_s * (F * V), 0 * BF, o_v, V, F, BF)
-        b_h1 = load_tile(h0 + i_s * (F * V), 1 * BF, o_v, V, F, BF)
-        b_h2 = load_tile(h0 + i_s * (F * V), 2 * BF, o_v, V, F, BF)
-        b_z = load_sums(z0 + i_s * F, K, BK)
-        b_count = 0.5 * tl.load(z0 + i_s * F)
+        b_h = tl.load(h0 + i_s * (F * V) + o_fv, mask=m_fv, other=0.0).to(tl.float32)
+        b_z = tl.load(z0 + i_s * F + o_f, mask=m_f, other=0.0)
 
 
-    for i_l in range(i_start // LC, tl.cdiv(i_end, LC)):
-        i_first = tl.maximum(i_l * LC, i_start) // BT
-        if hc is not None:
-            i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-            store_tile(hc + i_s * (F * V), b_h0, 0 * BF, o_v, V, F, BF)
-            store_tile(hc + i_s * (F * V), b_h1, 1 * BF, o_v, V, F, BF)
-            store_tile(hc + i_s * (F * V), b_h2, 2 * BF, o_v, V, F, BF)
+    # nobody asks for what comes of the last span
+    i_stop = i_end if ht is not None else (tl.cdiv(i_end, LS) - 1) * LS
+    for i_l in range(i_start // LS, tl.cdiv(i_end, LS)):
+        if hs is not None:
+            i_s = (i_l + (i_n * tl.cdiv(T, LS) if cu_seqlens is None else i_n)) * H + i_h
+            tl.store(hs + i_s * (F * V) + o_fv, b_h.to(hs.dtype.element_ty), mask=m_fv)
             if i_v == 0:
-                store_sums(zc + i_s * F, b_z, K, BK)
-        for i_c in range(i_first, tl.cdiv(tl.minimum(i_end, i_l * LC + LC), BT)):
+                tl.store(zs + i_s * (NF * BF) + o_f, b_z)
+        i_at = tl.maximum(i_l * LS, i_start)
+        if hc is not None:
+            if (i_at == i_start) | (i_at % LC == 0):
+                i_s = (i_at // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+                tl.store(hc + i_s * (F * V) + o_fv, b_h.to(hc.dtype.element_ty), mask=m_fv)
+                if i_v == 0:
+                    tl.store(zc + i_s * F + o_f, b_z, mask=m_f)
+        for i_c in range(i_at // BT, tl.cdiv(tl.minimum(i_stop, i_l * LS + LS), BT)):
             i_t = i_c * BT
             i_lo = tl.maximum(i_start - i_t, 0)
             n_t = tl.minimum(i_end - i_t, BT) - i_lo
@@ -242,12 +154,8 @@ def based_fwd_kernel(
             i_t = i_t.to(tl.int64)
             # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
             o_t = i_t + o_i
-            o_row = (i_b * T + o_t) * H + i_h
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
-            # [BT, BK]
-            p_x = q + o_t[:, None] * q_st + o_k[None, :]
-            b_q = tl.load(p_x, mask=m_tk, other=0.0)
             # [BT, BK]
             p_x = k + o_t[:, None] * k_st + o_k[None, :]
             b_k = tl.load(p_x, mask=m_tk, other=0.0)
@@ -258,236 +166,31 @@ def based_fwd_kernel(
             b_value = b_v
             m_one = m_t[:, None] & (o_k == K)[None, :]
             b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
-            if o is not None:
-                b_query = b_q
-                m_one = m_t[:, None] & (o_k == K)[None, :]
-                b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale)
-                # [BT, BT]: 1 + s, of which the series is half the square and a half
-                b_s = tl.dot(b_q1.to(DOT), tl.trans(b_k1), input_precision=PRECISION)
-                b_A = tl.where((o_i[:, None] >= o_i[None, :]) & m_t[None, :], 0.5 * b_s * b_s + 0.5, 0.0)
-                # [BT, BV]
-                b_o = tl.dot(b_A.to(DOT), b_value.to(DOT), input_precision=PRECISION)
-                b_zq = sum_steps(b_q1, b_z, 2, DOT, SUM_PRECISION)
-                # [BT]
-                b_n = 0.5 * tl.sum(b_zq * b_q1, 1) + tl.sum(b_A, 1) + b_count
-                if den is not None:
-                    if i_v == 0:
-                        tl.store(den + o_row, b_n, mask=m_t)
-                b_inv = 1.0 / (b_n + 1e-06)
-                b_count += 0.5 * n_t
-                b_q1 = b_q1.to(DOT)
-                if not HELD:
-                    b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-                b_f = tl.dot(b_q1, b_half0, input_precision=PRECISION) * tl.dot(b_q1, b_with0, input_precision=PRECISION)
-                b_o = tl.dot(b_f.to(DOT), tl.trans(b_h0.to(DOT)), b_o, input_precision=PRECISION)
-                if not HELD:
-                    b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-                b_f = tl.dot(b_q1, b_half1, input_precision=PRECISION) * tl.dot(b_q1, b_with1, input_precision=PRECISION)
-                b_o = tl.dot(b_f.to(DOT), tl.trans(b_h1.to(DOT)), b_o, input_precision=PRECISION)
-                if not HELD:
-                    b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-                b_f = tl.dot(b_q1, b_half2, input_precision=PRECISION) * tl.dot(b_q1, b_with2, input_precision=PRECISION)
-                b_o = tl.dot(b_f.to(DOT), tl.trans(b_h2.to(DOT)), b_o, input_precision=PRECISION)
-                b_o *= b_inv[:, None]
-                p_o = o + (o_row[:, None] * V + o_v[None, :])
-                tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
-            b_vt = tl.trans(b_value.to(DOT))
-            if not HELD:
-                b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-            b_f = tl.dot(b_k1, b_pick0, input_precision=PRECISION) * tl.dot(b_k1, b_with0, input_precision=PRECISION)
-            b_h0 = tl.dot(b_vt, b_f.to(DOT), b_h0, input_precision=PRECISION)
-            if not HELD:
-                b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-            b_f = tl.dot(b_k1, b_pick1, input_precision=PRECISION) * tl.dot(b_k1, b_with1, input_precision=PRECISION)
-            b_h1 = tl.dot(b_vt, b_f.to(DOT), b_h1, input_precision=PRECISION)
-            if not HELD:
-                b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-            b_f = tl.dot(b_k1, b_pick2, input_precision=PRECISION) * tl.dot(b_k1, b_with2, input_precision=PRECISION)
-            b_h2 = tl.dot(b_vt, b_f.to(DOT), b_h2, input_precision=PRECISION)
-            b_z = tl.dot(tl.trans(b_k1), b_k1, b_z, input_precision=PRECISION)
+            # [BF, BT]
+            b_kt = tl.trans(b_k1)
+            b_f = tl.dot(b_first, b_kt, input_precision=PRECISION) * tl.dot(b_second, b_kt, input_precision=PRECISION)
+            b_h = tl.dot(b_f.to(DOT), b_value.to(DOT), b_h, input_precision=PRECISION)
+            b_z += tl.sum(b_f, 1)
 
     if ht is not None:
-        if PIECES and o is None:
-            store_tile(ht + i_ph * (F * V), b_h0, 0 * BF, o_v, V, F, BF)
-            store_tile(ht + i_ph * (F * V), b_h1, 1 * BF, o_v, V, F, BF)
-            store_tile(ht + i_ph * (F * V), b_h2, 2 * BF, o_v, V, F, BF)
+        if hs is None or is_last:
+            i_s = i_ph if hs is None else i_nh
+            tl.store(ht + i_s * (F * V) + o_fv, b_h.to(ht.dtype.element_ty), mask=m_fv)
             if i_v == 0:
-                store_sums(zt + i_ph * F, b_z, K, BK)
-        else:
-            if is_last:
-                store_tile(ht + i_nh * (F * V), b_h0, 0 * BF, o_v, V, F, BF)
-                store_tile(ht + i_nh * (F * V), b_h1, 1 * BF, o_v, V, F, BF)
-                store_tile(ht + i_nh * (F * V), b_h2, 2 * BF, o_v, V, F, BF)
-                if i_v == 0:
-                    store_sums(zt + i_nh * F, b_z, K, BK)
+                tl.store(zt + i_s * F + o_f, b_z, mask=m_f)
 
 
-# The adjoint of the state at the start of a piece, from zero at its end: the first of two passes over a sequence whose backward
-# is cut into pieces. A program owns a piece, a head and a block of V and goes backward in time.
+# The outputs: a program owns a block of BT tokens, a head and a block of V, and reads the state at the start of their span.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
-def based_bwd_state_kernel(
-    q,
-    do,
-    den,
-    dden,
-    dz,
-    dh,
-    monomial,
-    cu_seqlens,
-    scale,
-    q_sb,
-    q_st,
-    q_sh,
-    do_sb,
-    do_st,
-    do_sh,
-    N,
-    T,
-    H,
-    L,
-    NP,
-    NC,
-    G_q: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    F: tl.constexpr,
-    LC: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    BF: tl.constexpr,
-    PARTS: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
-):
-    NV: tl.constexpr = (V + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
-    i_p = tl.program_id(0) // NV // H
-    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
-    i_n = i_n.to(tl.int64)
-    i_b = i_n if cu_seqlens is None else i_n * 0
-    # row of the piece, and of the sequence, in tensors with a head axis
-    i_ph = i_p.to(tl.int64) * H + i_h
-    q += i_b * q_sb
-    q += (i_h // G_q) * q_sh
-
-    o_i = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
-    o_v = i_v * BV + tl.arange(0, BV)
-    m_k = o_k < K
-    m_v = o_v < V
-    # the matrices stay in shared memory, unless they are too many for it
-    HELD: tl.constexpr = BK * BF <= (4096 if DOT == tl.bfloat16 else 2048)
-    if HELD:
-        # [BK, BF]
-        b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-        b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-        b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-    # [BV, BF]
-    b_dh0 = tl.zeros([BV, BF], dtype=tl.float32)
-    b_dh1 = tl.zeros([BV, BF], dtype=tl.float32)
-    b_dh2 = tl.zeros([BV, BF], dtype=tl.float32)
-    # [BK, BK]: sums of products of two channels
-    b_dz = tl.zeros([BK, BK], dtype=tl.float32)
-
-
-    n_c = tl.cdiv(i_end, BT) - i_start // BT
-    for i in range(n_c):
-        i_c = tl.cdiv(i_end, BT) - 1 - i
-        i_t = i_c * BT
-        i_lo = tl.maximum(i_start - i_t, 0)
-        n_t = tl.minimum(i_end - i_t, BT) - i_lo
-        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
-        i_t = i_t.to(tl.int64)
-        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
-        o_t = i_t + o_i
-        o_row = (i_b * T + o_t) * H + i_h
-        m_tk = m_t[:, None] & m_k[None, :]
-        m_tv = m_t[:, None] & m_v[None, :]
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        b_query = b_q
-        # [BT, BV]
-        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-        b_do = tl.load(p_do, mask=m_tv, other=0.0)
-        # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_inv = tl.where(m_t, 1.0 / (b_n + 1e-06), 0.0)
-        b_dn = tl.load(dden + o_row, mask=m_t, other=0.0)
-        b_do = (b_do.to(tl.float32) * b_inv[:, None]).to(DOT)
-        m_one = m_t[:, None] & (o_k == K)[None, :]
-        b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale)
-        b_dz = tl.dot(tl.trans((b_q1 * (0.5 * b_dn)[:, None]).to(DOT)), b_q1.to(DOT), b_dz, input_precision=PRECISION)
-        b_q1 = b_q1.to(DOT)
-        b_dot = tl.trans(b_do.to(DOT))
-        if not HELD:
-            b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_q1, b_half0, input_precision=PRECISION) * tl.dot(b_q1, b_with0, input_precision=PRECISION)
-        b_dh0 = tl.dot(b_dot, b_f.to(DOT), b_dh0, input_precision=PRECISION)
-        if not HELD:
-            b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_q1, b_half1, input_precision=PRECISION) * tl.dot(b_q1, b_with1, input_precision=PRECISION)
-        b_dh1 = tl.dot(b_dot, b_f.to(DOT), b_dh1, input_precision=PRECISION)
-        if not HELD:
-            b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_q1, b_half2, input_precision=PRECISION) * tl.dot(b_q1, b_with2, input_precision=PRECISION)
-        b_dh2 = tl.dot(b_dot, b_f.to(DOT), b_dh2, input_precision=PRECISION)
-
-    store_tile(dh + i_ph * (F * V), b_dh0, 0 * BF, o_v, V, F, BF)
-    store_tile(dh + i_ph * (F * V), b_dh1, 1 * BF, o_v, V, F, BF)
-    store_tile(dh + i_ph * (F * V), b_dh2, 2 * BF, o_v, V, F, BF)
-    if i_v == 0:
-        store_sums(dz + i_ph * F, b_dz / apart(K, BK), K, BK)
-
-
-# The gradient of n [B, T, H], what the numerator is divided by f of. A program owns BT rows.
-@triton.jit
-def based_dn_kernel(
-    do,
-    o,
-    den,
-    dden,
-    do_sb,
-    do_st,
-    do_sh,
-    R,
-    T,
-    H,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BV: tl.constexpr,
-):
-    o_row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    m_t = o_row < R
-    o_v = tl.arange(0, BV)
-    m_tv = m_t[:, None] & (o_v < V)[None, :]
-    o_t = o_row // H
-    p_do = do + (o_t // T * do_sb + o_t % T * do_st + o_row % H * do_sh)[:, None] + o_v[None, :]
-    b_do = tl.load(p_do, mask=m_tv, other=0.0).to(tl.float32)
-    b_o = tl.load(o + o_row[:, None] * V + o_v[None, :], mask=m_tv, other=0.0).to(tl.float32)
-    b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-    b_dn = -tl.sum(b_do * b_o, 1) / (b_n + 1e-06) * (1.0)
-    tl.store(dden + o_row, b_dn, mask=m_t)
-
-
-# Of what queries use, forward in time: a program owns a piece, a head and a block of V, and carries those columns of the state from
-# the checkpoint hc at its start. Gradients of what has no axis v come in parts, one a block, d<x>_sp apart.
-@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
-def based_dq_kernel(
+def based_fwd_kernel(
     q,
     k,
     v,
-    do,
+    o,
+    hs,
     den,
-    dden,
-    zc,
-    hc,
-    dq,
-    dq_sp,
-    monomial,
+    zs,
+    table,
     cu_seqlens,
     scale,
     q_sb,
@@ -499,9 +202,6 @@ def based_dq_kernel(
     v_sb,
     v_st,
     v_sh,
-    do_sb,
-    do_st,
-    do_sh,
     N,
     T,
     H,
@@ -514,15 +214,13 @@ def based_dq_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
-    LC: tl.constexpr,
+    LS: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BF: tl.constexpr,
-    PARTS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -544,22 +242,53 @@ def based_dq_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    # the matrices stay in shared memory, unless they are too many for it
-    HELD: tl.constexpr = BK * BF <= (4096 if DOT == tl.bfloat16 else 2048)
-    if HELD:
-        # [BK, BF]
-        b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-        b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-        b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-    i_t = i_start.to(tl.int64)
-    i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
-    b_h0 = load_tile(hc + i_s * (F * V), 0 * BF, o_v, V, F, BF)
-    b_h1 = load_tile(hc + i_s * (F * V), 1 * BF, o_v, V, F, BF)
-    b_h2 = load_tile(hc + i_s * (F * V), 2 * BF, o_v, V, F, BF)
-    b_z = load_sums(zc + i_s * F, K, BK)
+    NF: tl.constexpr = (F + BF - 1) // BF
+    NM: tl.constexpr = NF * BF * BK
+    i_own = i_start // BT
+    i_l = i_start // LS
+    i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+    i_start = i_l * LS
+    if cu_seqlens is not None:
+        i_start = tl.maximum(i_start, tl.load(cu_seqlens + i_n).to(tl.int32))
 
-
-    for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
+    i_c = i_own
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    m_tk = m_t[:, None] & m_k[None, :]
+    m_tv = m_t[:, None] & m_v[None, :]
+    # [BT, BK]
+    p_x_q = q + o_t[:, None] * q_st + o_k[None, :]
+    b_q = tl.load(p_x_q, mask=m_tk, other=0.0)
+    b_query = b_q
+    m_one = m_t[:, None] & (o_k == K)[None, :]
+    b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale).to(DOT)
+    b_o = tl.zeros([BT, BV], dtype=tl.float32)
+    # [BT]; rows of the first chunk that are another sequence's give a half each
+    b_n = tl.zeros([BT], dtype=tl.float32) - 0.5 * (i_start % BT)
+    for i_f in range(NF):
+        o_f = i_f * BF + tl.arange(0, BF)
+        m_f = o_f < F
+        m_fv = m_f[:, None] & m_v[None, :]
+        o_fv = o_f[:, None] * V + o_v[None, :]
+        # [BF, BK]: the factors of the tile's monomials
+        p_m = table + (o_f[:, None] * BK + o_k[None, :])
+        b_h = tl.load(hs + i_s * (F * V) + o_fv, mask=m_fv, other=0.0).to(DOT)
+        b_z = tl.load(zs + i_s * (NF * BF) + o_f)
+        b_half = tl.load(p_m + 2 * NM)
+        b_second = tl.load(p_m + NM)
+        # [BT, BF]
+        b_f = tl.dot(b_q1, tl.trans(b_half), input_precision=PRECISION)
+        b_f *= tl.dot(b_q1, tl.trans(b_second), input_precision=PRECISION)
+        b_o = tl.dot(b_f.to(DOT), b_h, b_o, input_precision=PRECISION)
+        b_n += tl.sum(b_f * b_z[None, :], 1)
+    for i_j in range(i_start // BT, i_own):
+        i_c = i_j
         i_t = i_c * BT
         i_lo = tl.maximum(i_start - i_t, 0)
         n_t = tl.minimum(i_end - i_t, BT) - i_lo
@@ -571,121 +300,80 @@ def based_dq_kernel(
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        p_x_k = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x_k, mask=m_tk, other=0.0)
         # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0)
-        b_query = b_q
+        p_x_v = v + o_t[:, None] * v_st + o_v[None, :]
+        b_v = tl.load(p_x_v, mask=m_tv, other=0.0)
         b_key = b_k
         b_value = b_v
-        # [BT, BV]
-        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
-        b_do = tl.load(p_do, mask=m_tv, other=0.0)
-        # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_inv = tl.where(m_t, 1.0 / (b_n + 1e-06), 0.0)
-        b_dn = tl.load(dden + o_row, mask=m_t, other=0.0)
-        # [BT, BT]
-        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        # of n, of which every block knows, one block sees to the gradient
-        b_dn = tl.where(i_v == 0, b_dn, 0.0)
-        b_dA = b_dA * b_inv[:, None] + b_dn[:, None]
-        m_one = m_t[:, None] & (o_k == K)[None, :]
-        b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale)
-        b_q1 = b_q1.to(DOT)
         m_one = m_t[:, None] & (o_k == K)[None, :]
         b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
+        # [BT, BT]: 1 + s, of which the series is half the square and a half
         b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
-        b_dA = tl.where(o_i[:, None] >= o_i[None, :], b_dA * b_s, 0.0).to(DOT)
-        # [BT, BK]
-        b_dpair = tl.dot(b_dA, b_k1, input_precision=PRECISION)
-        b_dquery = tl.zeros([BT, BK], dtype=tl.float32)
-        if not HELD:
-            b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-        # [BT, BF]
-        b_df = tl.dot(b_do.to(DOT), b_h0.to(DOT), input_precision=PRECISION)
-        b_y = (b_df * tl.dot(b_q1, b_with0, input_precision=PRECISION)).to(DOT)
-        b_dquery = tl.dot(b_y, tl.trans(b_half0), b_dquery, input_precision=PRECISION)
-        b_y = (b_df * tl.dot(b_q1, b_half0, input_precision=PRECISION)).to(DOT)
-        b_dquery = tl.dot(b_y, tl.trans(b_with0), b_dquery, input_precision=PRECISION)
-        if not HELD:
-            b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-        # [BT, BF]
-        b_df = tl.dot(b_do.to(DOT), b_h1.to(DOT), input_precision=PRECISION)
-        b_y = (b_df * tl.dot(b_q1, b_with1, input_precision=PRECISION)).to(DOT)
-        b_dquery = tl.dot(b_y, tl.trans(b_half1), b_dquery, input_precision=PRECISION)
-        b_y = (b_df * tl.dot(b_q1, b_half1, input_precision=PRECISION)).to(DOT)
-        b_dquery = tl.dot(b_y, tl.trans(b_with1), b_dquery, input_precision=PRECISION)
-        if not HELD:
-            b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-        # [BT, BF]
-        b_df = tl.dot(b_do.to(DOT), b_h2.to(DOT), input_precision=PRECISION)
-        b_y = (b_df * tl.dot(b_q1, b_with2, input_precision=PRECISION)).to(DOT)
-        b_dquery = tl.dot(b_y, tl.trans(b_half2), b_dquery, input_precision=PRECISION)
-        b_y = (b_df * tl.dot(b_q1, b_half2, input_precision=PRECISION)).to(DOT)
-        b_dquery = tl.dot(b_y, tl.trans(b_with2), b_dquery, input_precision=PRECISION)
-        b_zq = sum_steps(b_q1, b_z, 2, DOT, SUM_PRECISION)
-        b_dquery = b_dquery * b_inv[:, None] + b_zq * b_dn[:, None]
-        b_dquery = tl.where(m_tk, (b_dquery + b_dpair) * scale, 0.0)
-        if dq is not None:
-            b_dq_ = b_dquery
-            p_d = dq + i_v.to(tl.int64) * dq_sp + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
-        b_vt = tl.trans(b_value.to(DOT))
-        if not HELD:
-            b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_k1, b_pick0, input_precision=PRECISION) * tl.dot(b_k1, b_with0, input_precision=PRECISION)
-        b_h0 = tl.dot(b_vt, b_f.to(DOT), b_h0, input_precision=PRECISION)
-        if not HELD:
-            b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_k1, b_pick1, input_precision=PRECISION) * tl.dot(b_k1, b_with1, input_precision=PRECISION)
-        b_h1 = tl.dot(b_vt, b_f.to(DOT), b_h1, input_precision=PRECISION)
-        if not HELD:
-            b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_k1, b_pick2, input_precision=PRECISION) * tl.dot(b_k1, b_with2, input_precision=PRECISION)
-        b_h2 = tl.dot(b_vt, b_f.to(DOT), b_h2, input_precision=PRECISION)
-        b_z = tl.dot(tl.trans(b_k1), b_k1, b_z, input_precision=PRECISION)
+        b_A = 0.5 * b_s * b_s + 0.5
+        b_o = tl.dot(b_A.to(DOT), b_value.to(DOT), b_o, input_precision=PRECISION)
+        b_n += tl.sum(b_A, 1)
+    i_c = i_own
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    m_tk = m_t[:, None] & m_k[None, :]
+    m_tv = m_t[:, None] & m_v[None, :]
+    # [BT, BK]
+    p_x_k = k + o_t[:, None] * k_st + o_k[None, :]
+    b_k = tl.load(p_x_k, mask=m_tk, other=0.0)
+    # [BT, BV]
+    p_x_v = v + o_t[:, None] * v_st + o_v[None, :]
+    b_v = tl.load(p_x_v, mask=m_tv, other=0.0)
+    b_key = b_k
+    b_value = b_v
+    m_one = m_t[:, None] & (o_k == K)[None, :]
+    b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
+    # [BT, BT]: 1 + s, of which the series is half the square and a half
+    b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
+    b_A = 0.5 * b_s * b_s + 0.5
+    b_A = tl.where(o_i[:, None] >= o_i[None, :], b_A, 0.0)
+    b_o = tl.dot(b_A.to(DOT), b_value.to(DOT), b_o, input_precision=PRECISION)
+    b_n += tl.sum(b_A, 1)
+    if den is not None:
+        if i_v == 0:
+            tl.store(den + o_row, b_n, mask=m_t)
+    b_o = b_o * (1.0 / (b_n + 1e-06))[:, None]
+    p_o = o + (o_row[:, None] * V + o_v[None, :])
+    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_tv)
 
 
-# Of what keys and values use, backward in time: a program owns a piece, a head and a block of V, and carries those columns of the
-# state's adjoint. dhp: adjoints at the ends of the pieces.
+# The adjoints of the state at the ends of spans, dhs, backward in time; in the first of two passes over a sequence whose backward is cut
+# into pieces (dhs=None) those at the starts of pieces, from zero at their ends. PIECES: dht has the adjoints at the ends of the pieces.
+# Programs as for the states.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
-def based_dkv_kernel(
+def based_bwd_state_kernel(
     q,
-    k,
-    v,
     do,
-    den,
+    inv,
     dden,
     dzt,
-    dzp,
     dz0,
+    dzs,
     dht,
-    dhp,
     dh0,
-    dk,
-    dk_sp,
-    dv,
-    dv_sp,
-    monomial,
+    dhs,
+    table,
     cu_seqlens,
     scale,
     q_sb,
     q_st,
     q_sh,
-    k_sb,
-    k_st,
-    k_sh,
-    v_sb,
-    v_st,
-    v_sh,
     do_sb,
     do_st,
     do_sh,
+    TP,
     N,
     T,
     H,
@@ -693,25 +381,24 @@ def based_dkv_kernel(
     NP,
     NC,
     G_q: tl.constexpr,
-    G_k: tl.constexpr,
-    G_v: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
-    LC: tl.constexpr,
+    LS: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BF: tl.constexpr,
-    PARTS: tl.constexpr,
+    PIECES: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
 ):
+    NF: tl.constexpr = (F + BF - 1) // BF
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
-    i_p = tl.program_id(0) // NV // H
+    i_f = tl.program_id(0) % NF
+    i_v = tl.program_id(0) // NF % NV
+    i_h = (tl.program_id(0) // (NF * NV) % H).to(tl.int64)
+    i_p = tl.program_id(0) // (NF * NV) // H
     i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
     i_n = i_n.to(tl.int64)
     i_b = i_n if cu_seqlens is None else i_n * 0
@@ -720,6 +407,182 @@ def based_dkv_kernel(
     i_nh = i_n * H + i_h
     q += i_b * q_sb
     q += (i_h // G_q) * q_sh
+
+    o_i = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    o_f = i_f * BF + tl.arange(0, BF)
+    m_f = o_f < F
+    m_fv = m_f[:, None] & m_v[None, :]
+    o_fv = o_f[:, None] * V + o_v[None, :]
+    # [BF, BK]: the factors of the tile's monomials
+    p_m = table + (o_f[:, None] * BK + o_k[None, :])
+    NM: tl.constexpr = NF * BF * BK
+    b_half = tl.load(p_m + 2 * NM)
+    b_second = tl.load(p_m + NM)
+    b_dh = tl.zeros([BF, BV], dtype=tl.float32)
+    # [BF]: sums of features
+    b_dz = tl.zeros([BF], dtype=tl.float32)
+    if dht is not None:
+        i_s = i_ph if PIECES else i_nh
+        b_dh = tl.load(dht + i_s * (F * V) + o_fv, mask=m_fv, other=0.0).to(tl.float32)
+        b_dz = tl.load(dzt + i_s * F + o_f, mask=m_f, other=0.0)
+
+
+    n_l = tl.cdiv(i_end, LS) - i_start // LS
+    for i in range(n_l):
+        i_l = tl.cdiv(i_end, LS) - 1 - i
+        if dhs is not None:
+            i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+            tl.store(dhs + i_s * (F * V) + o_fv, b_dh.to(dhs.dtype.element_ty), mask=m_fv)
+            if i_v == 0:
+                tl.store(dzs + i_s * (NF * BF) + o_f, b_dz)
+        i_first = tl.maximum(i_l * LS, i_start) // BT
+        i_last = tl.cdiv(tl.minimum(i_end, i_l * LS + LS), BT)
+        # nobody asks for what comes of the first span
+        if dh0 is None:
+            i_last = tl.where(i + 1 == n_l, i_first, i_last)
+        for i_c in range(i_first, i_last):
+            i_t = i_c * BT
+            i_lo = tl.maximum(i_start - i_t, 0)
+            n_t = tl.minimum(i_end - i_t, BT) - i_lo
+            m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+            i_t = i_t.to(tl.int64)
+            # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+            o_t = i_t + o_i
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
+            # [BT, BK]
+            p_x = q + o_t[:, None] * q_st + o_k[None, :]
+            b_q = tl.load(p_x, mask=m_tk, other=0.0)
+            b_query = b_q
+            m_one = m_t[:, None] & (o_k == K)[None, :]
+            b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale).to(DOT)
+            # [BT, BV]
+            p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+            b_do = tl.load(p_do, mask=m_tv, other=0.0)
+            # [BT]; with sequences apart rows past the end are there, and zero: loads without a mask are of several numbers
+            o_n = (i_b * H + i_h) * TP + o_t
+            if cu_seqlens is None:
+                b_inv = tl.load(inv + o_n)
+                b_dn = tl.load(dden + o_n)
+            else:
+                b_inv = tl.load(inv + o_n, mask=m_t, other=0.0)
+                b_dn = tl.load(dden + o_n, mask=m_t, other=0.0)
+            # [BF, BT]
+            b_qt = tl.trans(b_q1)
+            b_f = tl.dot(b_half, b_qt, input_precision=PRECISION) * tl.dot(b_second, b_qt, input_precision=PRECISION)
+            b_dz += tl.sum(b_f * b_dn[None, :], 1)
+            b_f *= b_inv[None, :]
+            b_dh = tl.dot(b_f.to(DOT), b_do.to(DOT), b_dh, input_precision=PRECISION)
+
+    if dh0 is not None:
+        if dhs is None or is_first:
+            i_s = i_ph if dhs is None else i_nh
+            tl.store(dh0 + i_s * (F * V) + o_fv, b_dh.to(dh0.dtype.element_ty), mask=m_fv)
+            if i_v == 0:
+                tl.store(dz0 + i_s * F + o_f, b_dz, mask=m_f)
+
+
+# What outputs were multiplied by, and the gradient of n, what the numerator is divided by f of: [B, H, TP]. A program owns BT tokens of a head.
+@triton.jit(do_not_specialize=["T"])
+def based_dn_kernel(
+    do,
+    o,
+    den,
+    inv,
+    dden,
+    do_sb,
+    do_st,
+    do_sh,
+    TP,
+    T,
+    H,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+):
+    NT = tl.cdiv(T, BT)
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    i_b = (tl.program_id(0) // H // NT).to(tl.int64)
+    o_t = (tl.program_id(0) // H % NT).to(tl.int64) * BT + tl.arange(0, BT)
+    m_t = o_t < T
+    o_row = (i_b * T + o_t) * H + i_h
+    o_v = tl.arange(0, BV)
+    m_tv = m_t[:, None] & (o_v < V)[None, :]
+    p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+    b_do = tl.load(p_do, mask=m_tv, other=0.0).to(tl.float32)
+    b_o = tl.load(o + o_row[:, None] * V + o_v[None, :], mask=m_tv, other=0.0).to(tl.float32)
+    b_n = tl.load(den + o_row, mask=m_t, other=1.0)
+    b_inv = 1.0 / (b_n + 1e-06)
+    b_dn = -tl.sum(b_do * b_o, 1) * b_inv * (1.0)
+    o_n = (i_b * H + i_h) * TP + o_t
+    tl.store(inv + o_n, tl.where(m_t, b_inv, 0.0))
+    tl.store(dden + o_n, tl.where(m_t, b_dn, 0.0))
+
+
+# Of what queries use: a program owns a block of BT tokens, a head and a block of V, and reads the state at the start of their span.
+# Gradients of what has no axis v come in parts, one a block, d<x>_sp apart.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def based_dq_kernel(
+    q,
+    k,
+    v,
+    do,
+    inv,
+    dden,
+    zs,
+    hs,
+    dq,
+    dq_sp,
+    table,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
+    v_sb,
+    v_st,
+    v_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    TP,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
+    G_v: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
+    i_p = tl.program_id(0) // NV // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
     k += i_b * k_sb
     k += (i_h // G_k) * k_sh
     v += i_b * v_sb
@@ -730,35 +593,67 @@ def based_dkv_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    # the matrices stay in shared memory, unless they are too many for it
-    HELD: tl.constexpr = BK * BF <= (4096 if DOT == tl.bfloat16 else 2048)
-    if HELD:
-        # [BK, BF]
-        b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-        b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-        b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-    # [BV, BF]
-    b_dh0 = tl.zeros([BV, BF], dtype=tl.float32)
-    b_dh1 = tl.zeros([BV, BF], dtype=tl.float32)
-    b_dh2 = tl.zeros([BV, BF], dtype=tl.float32)
-    # [BK, BK]: sums of products of two channels
-    b_dz = tl.zeros([BK, BK], dtype=tl.float32)
-    if dhp is not None:
-        b_dh0 = load_tile(dhp + i_ph * (F * V), 0 * BF, o_v, V, F, BF)
-        b_dh1 = load_tile(dhp + i_ph * (F * V), 1 * BF, o_v, V, F, BF)
-        b_dh2 = load_tile(dhp + i_ph * (F * V), 2 * BF, o_v, V, F, BF)
-        b_dz = load_sums(dzp + i_ph * F, K, BK) * apart(K, BK)
+    NF: tl.constexpr = (F + BF - 1) // BF
+    NM: tl.constexpr = NF * BF * BK
+    i_own = i_start // BT
+    i_l = i_start // LS
+    i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+    i_start = i_l * LS
+    if cu_seqlens is not None:
+        i_start = tl.maximum(i_start, tl.load(cu_seqlens + i_n).to(tl.int32))
+
+
+    i_c = i_own
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    m_tk = m_t[:, None] & m_k[None, :]
+    m_tv = m_t[:, None] & m_v[None, :]
+    # [BT, BK]
+    p_x_q = q + o_t[:, None] * q_st + o_k[None, :]
+    b_q = tl.load(p_x_q, mask=m_tk, other=0.0)
+    b_query = b_q
+    m_one = m_t[:, None] & (o_k == K)[None, :]
+    b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale).to(DOT)
+    # [BT, BV]
+    p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+    b_do = tl.load(p_do, mask=m_tv, other=0.0)
+    # [BT]; with sequences apart rows past the end are there, and zero: loads without a mask are of several numbers
+    o_n = (i_b * H + i_h) * TP + o_t
+    if cu_seqlens is None:
+        b_inv = tl.load(inv + o_n)
+        b_dn = tl.load(dden + o_n)
     else:
-        if dht is not None:
-            b_dh0 = load_tile(dht + i_nh * (F * V), 0 * BF, o_v, V, F, BF)
-            b_dh1 = load_tile(dht + i_nh * (F * V), 1 * BF, o_v, V, F, BF)
-            b_dh2 = load_tile(dht + i_nh * (F * V), 2 * BF, o_v, V, F, BF)
-            b_dz = load_sums(dzt + i_nh * F, K, BK) * apart(K, BK)
-
-
-    n_c = tl.cdiv(i_end, BT) - i_start // BT
-    for i in range(n_c):
-        i_c = tl.cdiv(i_end, BT) - 1 - i
+        b_inv = tl.load(inv + o_n, mask=m_t, other=0.0)
+        b_dn = tl.load(dden + o_n, mask=m_t, other=0.0)
+    if NV > 1:
+        b_dn = tl.where(i_v == 0, b_dn, 0.0)
+    b_dquery = tl.zeros([BT, BK], dtype=tl.float32)
+    for i_f in range(NF):
+        o_f = i_f * BF + tl.arange(0, BF)
+        m_f = o_f < F
+        m_fv = m_f[:, None] & m_v[None, :]
+        o_fv = o_f[:, None] * V + o_v[None, :]
+        # [BF, BK]: the factors of the tile's monomials
+        p_m = table + (o_f[:, None] * BK + o_k[None, :])
+        b_h = tl.load(hs + i_s * (F * V) + o_fv, mask=m_fv, other=0.0).to(DOT)
+        b_z = tl.load(zs + i_s * (NF * BF) + o_f)
+        b_half = tl.load(p_m + 2 * NM)
+        b_second = tl.load(p_m + NM)
+        # [BT, BF]
+        b_df = tl.dot(b_do.to(DOT), tl.trans(b_h), input_precision=PRECISION)
+        b_df = b_df * b_inv[:, None] + b_dn[:, None] * b_z[None, :]
+        b_y = (b_df * tl.dot(b_q1, tl.trans(b_second), input_precision=PRECISION)).to(DOT)
+        b_dquery = tl.dot(b_y, b_half, b_dquery, input_precision=PRECISION)
+        b_y = (b_df * tl.dot(b_q1, tl.trans(b_half), input_precision=PRECISION)).to(DOT)
+        b_dquery = tl.dot(b_y, b_second, b_dquery, input_precision=PRECISION)
+    for i_j in range(i_start // BT, i_own):
+        i_c = i_j
         i_t = i_c * BT
         i_lo = tl.maximum(i_start - i_t, 0)
         n_t = tl.minimum(i_end - i_t, BT) - i_lo
@@ -770,102 +665,292 @@ def based_dkv_kernel(
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0)
+        p_x_k = k + o_t[:, None] * k_st + o_k[None, :]
+        b_k = tl.load(p_x_k, mask=m_tk, other=0.0)
         # [BT, BV]
-        p_x = v + o_t[:, None] * v_st + o_v[None, :]
-        b_v = tl.load(p_x, mask=m_tv, other=0.0)
-        b_query = b_q
+        p_x_v = v + o_t[:, None] * v_st + o_v[None, :]
+        b_v = tl.load(p_x_v, mask=m_tv, other=0.0)
         b_key = b_k
         b_value = b_v
+        m_one = m_t[:, None] & (o_k == K)[None, :]
+        b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
+        # [BT, BT]
+        b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+        b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
+        b_dA = b_dA * b_inv[:, None] + b_dn[:, None]
+        b_dA *= b_s
+        b_dquery = tl.dot(b_dA.to(DOT), b_k1, b_dquery, input_precision=PRECISION)
+    i_c = i_own
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    m_tk = m_t[:, None] & m_k[None, :]
+    m_tv = m_t[:, None] & m_v[None, :]
+    # [BT, BK]
+    p_x_k = k + o_t[:, None] * k_st + o_k[None, :]
+    b_k = tl.load(p_x_k, mask=m_tk, other=0.0)
+    # [BT, BV]
+    p_x_v = v + o_t[:, None] * v_st + o_v[None, :]
+    b_v = tl.load(p_x_v, mask=m_tv, other=0.0)
+    b_key = b_k
+    b_value = b_v
+    m_one = m_t[:, None] & (o_k == K)[None, :]
+    b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
+    # [BT, BT]
+    b_dA = tl.dot(b_do.to(DOT), tl.trans(b_value.to(DOT)), input_precision=PRECISION)
+    b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
+    b_dA = b_dA * b_inv[:, None] + b_dn[:, None]
+    b_dA *= b_s
+    b_dA = tl.where(o_i[:, None] >= o_i[None, :], b_dA, 0.0)
+    b_dquery = tl.dot(b_dA.to(DOT), b_k1, b_dquery, input_precision=PRECISION)
+    b_dquery = tl.where(m_tk, b_dquery * scale, 0.0)
+    # [BT, BK]
+    p_x_q = q + o_t[:, None] * q_st + o_k[None, :]
+    b_q = tl.load(p_x_q, mask=m_tk, other=0.0)
+    b_query = b_q
+    if dq is not None:
+        b_dq_ = b_dquery
+        p_d = dq + i_v.to(tl.int64) * dq_sp + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+
+
+# Of what keys and values use: a program owns a block of BT tokens, a head and a block of V, and reads the adjoint at the end of their span.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
+def based_dkv_kernel(
+    q,
+    k,
+    v,
+    do,
+    inv,
+    dden,
+    dzs,
+    dhs,
+    dk,
+    dk_sp,
+    dv,
+    dv_sp,
+    table,
+    cu_seqlens,
+    scale,
+    q_sb,
+    q_st,
+    q_sh,
+    k_sb,
+    k_st,
+    k_sh,
+    v_sb,
+    v_st,
+    v_sh,
+    do_sb,
+    do_st,
+    do_sh,
+    TP,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    NC,
+    G_q: tl.constexpr,
+    G_k: tl.constexpr,
+    G_v: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    LS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
+    i_p = tl.program_id(0) // NV // H
+    i_n, i_start, i_end, is_first, is_last = locate(i_p, cu_seqlens, N, T, L, NP)
+    i_n = i_n.to(tl.int64)
+    i_b = i_n if cu_seqlens is None else i_n * 0
+    # row of the piece, and of the sequence, in tensors with a head axis
+    q += i_b * q_sb
+    q += (i_h // G_q) * q_sh
+    k += i_b * k_sb
+    k += (i_h // G_k) * k_sh
+    v += i_b * v_sb
+    v += (i_h // G_v) * v_sh
+
+    o_i = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    NF: tl.constexpr = (F + BF - 1) // BF
+    NM: tl.constexpr = NF * BF * BK
+    i_own = i_start // BT
+    i_l = i_start // LS
+    i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
+    i_end = tl.minimum(i_l * LS + LS, T if cu_seqlens is None else tl.load(cu_seqlens + i_n + 1).to(tl.int32))
+
+
+    i_c = i_own
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    m_tk = m_t[:, None] & m_k[None, :]
+    m_tv = m_t[:, None] & m_v[None, :]
+    # [BT, BK]
+    p_x_k = k + o_t[:, None] * k_st + o_k[None, :]
+    b_k = tl.load(p_x_k, mask=m_tk, other=0.0)
+    # [BT, BV]
+    p_x_v = v + o_t[:, None] * v_st + o_v[None, :]
+    b_v = tl.load(p_x_v, mask=m_tv, other=0.0)
+    b_key = b_k
+    b_value = b_v
+    m_one = m_t[:, None] & (o_k == K)[None, :]
+    b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
+    b_dkey = tl.zeros([BT, BK], dtype=tl.float32)
+    b_dvalue = tl.zeros([BT, BV], dtype=tl.float32)
+    for i_f in range(NF):
+        o_f = i_f * BF + tl.arange(0, BF)
+        m_f = o_f < F
+        m_fv = m_f[:, None] & m_v[None, :]
+        o_fv = o_f[:, None] * V + o_v[None, :]
+        # [BF, BK]: the factors of the tile's monomials
+        p_m = table + (o_f[:, None] * BK + o_k[None, :])
+        b_dh = tl.load(dhs + i_s * (F * V) + o_fv, mask=m_fv, other=0.0).to(DOT)
+        b_dz = tl.load(dzs + i_s * (NF * BF) + o_f)
+        b_pick = tl.load(p_m)
+        b_with = tl.load(p_m + NM)
+        # [BT, BF]
+        b_first = tl.dot(b_k1, tl.trans(b_pick), input_precision=PRECISION)
+        b_second = tl.dot(b_k1, tl.trans(b_with), input_precision=PRECISION)
+        b_dvalue = tl.dot((b_first * b_second).to(DOT), b_dh, b_dvalue, input_precision=PRECISION)
+        b_df = tl.dot(b_value.to(DOT), tl.trans(b_dh), input_precision=PRECISION)
+        if NV > 1:
+            b_dz = tl.where(i_v == 0, b_dz, 0.0)
+        b_df += b_dz[None, :]
+        b_dkey = tl.dot((b_df * b_second).to(DOT), b_pick, b_dkey, input_precision=PRECISION)
+        b_dkey = tl.dot((b_df * b_first).to(DOT), b_with, b_dkey, input_precision=PRECISION)
+    i_c = i_own
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    m_tk = m_t[:, None] & m_k[None, :]
+    m_tv = m_t[:, None] & m_v[None, :]
+    # [BT, BK]
+    p_x_q = q + o_t[:, None] * q_st + o_k[None, :]
+    b_q = tl.load(p_x_q, mask=m_tk, other=0.0)
+    b_query = b_q
+    m_one = m_t[:, None] & (o_k == K)[None, :]
+    b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale).to(DOT)
+    # [BT, BV]
+    p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+    b_do = tl.load(p_do, mask=m_tv, other=0.0)
+    # [BT]; with sequences apart rows past the end are there, and zero: loads without a mask are of several numbers
+    o_n = (i_b * H + i_h) * TP + o_t
+    if cu_seqlens is None:
+        b_inv = tl.load(inv + o_n)
+        b_dn = tl.load(dden + o_n)
+    else:
+        b_inv = tl.load(inv + o_n, mask=m_t, other=0.0)
+        b_dn = tl.load(dden + o_n, mask=m_t, other=0.0)
+    if NV > 1:
+        b_dn = tl.where(i_v == 0, b_dn, 0.0)
+    # [BT, BT], keys as rows
+    b_s = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)
+    b_wt = 0.5 * b_inv[None, :]
+    b_A = b_s * (b_s * b_wt) + b_wt
+    b_A = tl.where(o_i[:, None] <= o_i[None, :], b_A, 0.0)
+    b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), b_dvalue, input_precision=PRECISION)
+    b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
+    b_dA = b_dA * b_inv[None, :] + b_dn[None, :]
+    b_dA *= b_s
+    b_dA = tl.where(o_i[:, None] <= o_i[None, :], b_dA, 0.0)
+    b_dkey = tl.dot(b_dA.to(DOT), b_q1, b_dkey, input_precision=PRECISION)
+    for i_j in range(i_own + 1, tl.cdiv(i_end, BT)):
+        i_c = i_j
+        i_t = i_c * BT
+        i_lo = tl.maximum(i_start - i_t, 0)
+        n_t = tl.minimum(i_end - i_t, BT) - i_lo
+        m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+        i_t = i_t.to(tl.int64)
+        # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+        o_t = i_t + o_i
+        o_row = (i_b * T + o_t) * H + i_h
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # [BT, BK]
+        p_x_q = q + o_t[:, None] * q_st + o_k[None, :]
+        b_q = tl.load(p_x_q, mask=m_tk, other=0.0)
+        b_query = b_q
+        m_one = m_t[:, None] & (o_k == K)[None, :]
+        b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale).to(DOT)
         # [BT, BV]
         p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
         b_do = tl.load(p_do, mask=m_tv, other=0.0)
-        # [BT]
-        b_n = tl.load(den + o_row, mask=m_t, other=1.0)
-        b_inv = tl.where(m_t, 1.0 / (b_n + 1e-06), 0.0)
-        b_dn = tl.load(dden + o_row, mask=m_t, other=0.0)
-        b_do = (b_do.to(tl.float32) * b_inv[:, None]).to(DOT)
+        # [BT]; with sequences apart rows past the end are there, and zero: loads without a mask are of several numbers
+        o_n = (i_b * H + i_h) * TP + o_t
+        if cu_seqlens is None:
+            b_inv = tl.load(inv + o_n)
+            b_dn = tl.load(dden + o_n)
+        else:
+            b_inv = tl.load(inv + o_n, mask=m_t, other=0.0)
+            b_dn = tl.load(dden + o_n, mask=m_t, other=0.0)
+        if NV > 1:
+            b_dn = tl.where(i_v == 0, b_dn, 0.0)
         # [BT, BT], keys as rows
-        m_one = m_t[:, None] & (o_k == K)[None, :]
-        b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale)
-        m_one = m_t[:, None] & (o_k == K)[None, :]
-        b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
-        b_s = tl.dot(b_k1, tl.trans(b_q1.to(DOT)), input_precision=PRECISION)
-        m_pair = o_i[:, None] <= o_i[None, :]
-        b_A = tl.where(m_pair, 0.5 * b_s * b_s + 0.5, 0.0)
-        # [BT, BV]
-        b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), input_precision=PRECISION)
+        b_s = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)
+        b_wt = 0.5 * b_inv[None, :]
+        b_A = b_s * (b_s * b_wt) + b_wt
+        b_dvalue = tl.dot(b_A.to(DOT), b_do.to(DOT), b_dvalue, input_precision=PRECISION)
         b_dA = tl.dot(b_value.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION)
-        # of n, of which every block knows, one block sees to the gradient
-        b_dA += tl.where(i_v == 0, b_dn, 0.0)[None, :]
-        b_dA = tl.where(m_pair, b_dA * b_s, 0.0).to(DOT)
-        # [BT, BK]
-        b_dkey = tl.dot(b_dA, b_q1.to(DOT), input_precision=PRECISION)
-        b_dkey += sum_steps(b_k1, b_dz * tl.where(i_v == 0, 2.0, 0.0), 2, DOT, SUM_PRECISION)
-        if not HELD:
-            b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-        # [BT, BF]
-        b_first = tl.dot(b_k1, b_pick0, input_precision=PRECISION)
-        b_second = tl.dot(b_k1, b_with0, input_precision=PRECISION)
-        b_dvalue = tl.dot((b_first * b_second).to(DOT), tl.trans(b_dh0.to(DOT)), b_dvalue, input_precision=PRECISION)
-        b_df = tl.dot(b_value.to(DOT), b_dh0.to(DOT), input_precision=PRECISION)
-        b_dkey = tl.dot((b_df * b_second).to(DOT), tl.trans(b_pick0), b_dkey, input_precision=PRECISION)
-        b_dkey = tl.dot((b_df * b_first).to(DOT), tl.trans(b_with0), b_dkey, input_precision=PRECISION)
-        if not HELD:
-            b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-        # [BT, BF]
-        b_first = tl.dot(b_k1, b_pick1, input_precision=PRECISION)
-        b_second = tl.dot(b_k1, b_with1, input_precision=PRECISION)
-        b_dvalue = tl.dot((b_first * b_second).to(DOT), tl.trans(b_dh1.to(DOT)), b_dvalue, input_precision=PRECISION)
-        b_df = tl.dot(b_value.to(DOT), b_dh1.to(DOT), input_precision=PRECISION)
-        b_dkey = tl.dot((b_df * b_second).to(DOT), tl.trans(b_pick1), b_dkey, input_precision=PRECISION)
-        b_dkey = tl.dot((b_df * b_first).to(DOT), tl.trans(b_with1), b_dkey, input_precision=PRECISION)
-        if not HELD:
-            b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-        # [BT, BF]
-        b_first = tl.dot(b_k1, b_pick2, input_precision=PRECISION)
-        b_second = tl.dot(b_k1, b_with2, input_precision=PRECISION)
-        b_dvalue = tl.dot((b_first * b_second).to(DOT), tl.trans(b_dh2.to(DOT)), b_dvalue, input_precision=PRECISION)
-        b_df = tl.dot(b_value.to(DOT), b_dh2.to(DOT), input_precision=PRECISION)
-        b_dkey = tl.dot((b_df * b_second).to(DOT), tl.trans(b_pick2), b_dkey, input_precision=PRECISION)
-        b_dkey = tl.dot((b_df * b_first).to(DOT), tl.trans(b_with2), b_dkey, input_precision=PRECISION)
-        b_dkey = tl.where(m_tk, b_dkey, 0.0)
-        if dk is not None:
-            b_dk_ = b_dkey
-            p_d = dk + i_v.to(tl.int64) * dk_sp + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-        if dv is not None:
-            b_dv_ = b_dvalue
-            p_d = dv + (o_row[:, None] * V + o_v[None, :])
-            tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
-        b_dz = tl.dot(tl.trans((b_q1 * (0.5 * b_dn)[:, None]).to(DOT)), b_q1.to(DOT), b_dz, input_precision=PRECISION)
-        b_q1 = b_q1.to(DOT)
-        b_dot = tl.trans(b_do.to(DOT))
-        if not HELD:
-            b_pick0, b_with0, b_half0 = factors(monomial, 0 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_q1, b_half0, input_precision=PRECISION) * tl.dot(b_q1, b_with0, input_precision=PRECISION)
-        b_dh0 = tl.dot(b_dot, b_f.to(DOT), b_dh0, input_precision=PRECISION)
-        if not HELD:
-            b_pick1, b_with1, b_half1 = factors(monomial, 1 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_q1, b_half1, input_precision=PRECISION) * tl.dot(b_q1, b_with1, input_precision=PRECISION)
-        b_dh1 = tl.dot(b_dot, b_f.to(DOT), b_dh1, input_precision=PRECISION)
-        if not HELD:
-            b_pick2, b_with2, b_half2 = factors(monomial, 2 * BF, K, F, BK, BF, DOT)
-        b_f = tl.dot(b_q1, b_half2, input_precision=PRECISION) * tl.dot(b_q1, b_with2, input_precision=PRECISION)
-        b_dh2 = tl.dot(b_dot, b_f.to(DOT), b_dh2, input_precision=PRECISION)
-
-
-    if dh0 is not None:
-        if is_first:
-            store_tile(dh0 + i_nh * (F * V), b_dh0, 0 * BF, o_v, V, F, BF)
-            store_tile(dh0 + i_nh * (F * V), b_dh1, 1 * BF, o_v, V, F, BF)
-            store_tile(dh0 + i_nh * (F * V), b_dh2, 2 * BF, o_v, V, F, BF)
-            if i_v == 0:
-                store_sums(dz0 + i_nh * F, b_dz / apart(K, BK), K, BK)
+        b_dA = b_dA * b_inv[None, :] + b_dn[None, :]
+        b_dA *= b_s
+        b_dkey = tl.dot(b_dA.to(DOT), b_q1, b_dkey, input_precision=PRECISION)
+    i_c = i_own
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    m_tk = m_t[:, None] & m_k[None, :]
+    m_tv = m_t[:, None] & m_v[None, :]
+    # [BT, BK]
+    p_x_k = k + o_t[:, None] * k_st + o_k[None, :]
+    b_k = tl.load(p_x_k, mask=m_tk, other=0.0)
+    # [BT, BV]
+    p_x_v = v + o_t[:, None] * v_st + o_v[None, :]
+    b_v = tl.load(p_x_v, mask=m_tv, other=0.0)
+    b_key = b_k
+    b_value = b_v
+    b_dkey = tl.where(m_tk, b_dkey, 0.0)
+    if dk is not None:
+        b_dk_ = b_dkey
+        p_d = dk + i_v.to(tl.int64) * dk_sp + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
+    if dv is not None:
+        b_dv_ = b_dvalue
+        p_d = dv + (o_row[:, None] * V + o_v[None, :])
+        tl.store(p_d, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
 
 
 # In place, the end states of pieces that each began from zero become the true states that the pieces begin with. REVERSE: the
@@ -1077,99 +1162,6 @@ def state(rows, H, F, V, like, dtype=torch.float32, make=torch.empty):
     return make(rows, H, F, V, dtype=dtype, device=like.device)
 
 
-def fwd(q, k, v, h0, z0, cu_seqlens, scale, s, final=False, save=False):
-    """The output [B, T, H, V], the final state and what the backward wants; None for what is not asked for.
-
-    s: the schedule, a record of launch-time constants. h0: [N, H, F, V] fp32, or None.
-    """
-    B, T, H, K, V, F, N = sizes(q, k, v, cu_seqlens)
-    like = v
-    NC = -(-T // s.LC)
-    # rows past the last sequence stay zero
-    o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
-    ht = state(N, H, F, V, like) if final else None
-    hc = state(N * NC if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
-    den = torch.empty(B, T, H, dtype=torch.float32, device=like.device) if save else None
-    zt = torch.empty(N, H, F, dtype=torch.float32, device=like.device) if final else None
-    zc = torch.empty(hc.shape[0], H, F, dtype=torch.float32, device=like.device) if save else None
-    t = s.fwd
-    common = dict(
-        cu_seqlens=cu_seqlens,
-        scale=scale,
-        q_sb=q.stride(0),
-        q_st=q.stride(1),
-        q_sh=q.stride(2),
-        k_sb=k.stride(0),
-        k_st=k.stride(1),
-        k_sh=k.stride(2),
-        v_sb=v.stride(0),
-        v_st=v.stride(1),
-        v_sh=v.stride(2),
-        N=N,
-        T=T,
-        H=H,
-        L=s.fwd_L or T + 1,
-        NP=1,
-        NC=NC,
-        G_q=H // q.shape[2],
-        G_k=H // k.shape[2],
-        G_v=H // v.shape[2],
-        K=K,
-        V=V,
-        F=F,
-        LC=s.LC,
-        BT=t.BT,
-        BK=s.BK,
-        BV=t.BV,
-        BF=s.BF,
-        LEVELS=t.BT.bit_length() - 1,
-        PARTS=s.PARTS,
-        DOT=s.DOT,
-        PRECISION=s.PRECISION,
-        SUM_PRECISION=s.SUM_PRECISION,
-        num_warps=t.num_warps,
-        num_stages=t.num_stages,
-        monomial=monomials(K, like.device),
-    )
-    NV = triton.cdiv(V, t.BV)
-    if s.fwd_L:
-        NP, rows = pieces(cu_seqlens, N, T, s.fwd_L)
-        common["NP"] = NP
-        hp = state(rows, H, F, V, like)
-        zp = torch.empty(rows, H, F, dtype=torch.float32, device=like.device)
-        based_fwd_kernel[(rows * H * NV,)](
-            q, k, v,
-            o=None,
-            den=None,
-            z0=None,
-            zt=zp,
-            zc=None,
-            h0=None,
-            ht=hp,
-            hc=None,
-            PIECES=True,
-            **common,
-        )
-        scan(hp, h0, zp, z0, cu_seqlens, N, T, s.fwd_L, NP, K, V, F, False)
-        h0, z0 = hp, zp
-    else:
-        rows = N
-    based_fwd_kernel[(rows * H * NV,)](
-        q, k, v,
-        o=o,
-        den=den,
-        z0=z0,
-        zt=zt,
-        zc=zc,
-        h0=h0,
-        ht=ht,
-        hc=hc,
-        PIECES=bool(s.fwd_L),
-        **common,
-    )
-    return o, ht, hc, zt, zc, den
-
-
 def scan(h, h0, z, z0, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     """In place: end states of pieces that began from zero -> states that the pieces begin with (reverse: adjoints)."""
     H = h.shape[1]
@@ -1197,23 +1189,186 @@ def scan(h, h0, z, z0, cu_seqlens, N, T, L, NP, K, V, F, reverse):
     )
 
 
-def adjoints(q, do, den, dden, dht, dzt, cu_seqlens, scale, s, shape):
-    """The adjoints of the state [rows, H, F, V] at the ends of the pieces of s.bwd_L tokens, and of the sums [rows, H, F]."""
+FACTORS = {}
+
+
+def factors(K, s, device):
+    """[3, rows, BK], rows of the state in tiles of BF: the first and the second factor of each monomial as zeros and ones, and the
+    first with a half where both are the same channel, for queries: the 1 / 2 of the series."""
+    key = K, s.BK, s.BF, s.DOT, device
+    if key not in FACTORS:
+        pairs = [(K, K), *((i, K) for i in range(K)), *((i, j) for i in range(K) for j in range(i, K))]
+        rows = triton.cdiv(len(pairs), s.BF) * s.BF
+        found = [[[0.0] * s.BK for _ in range(rows)] for _ in range(3)]
+        for row, (first, second) in enumerate(pairs):
+            found[0][row][first] = 1.0
+            found[1][row][second] = 1.0
+            found[2][row][first] = 0.5 if first == second < K else 1.0
+        dtype = torch.bfloat16 if s.DOT == tl.bfloat16 else torch.float32
+        FACTORS[key] = torch.tensor(found, dtype=dtype).to(device)
+    return FACTORS[key]
+
+
+def span(s):
+    """Tokens per span, at whose start a block of tokens has a state to read: longer ones have more pairs, shorter ones more states."""
+    LS = s.LC
+    while LS > 512 and LS % (2 * max(s.fwd.BT, s.bwd.BT)) == 0:
+        LS //= 2
+    return LS
+
+
+def states(k, v, h0, z0, ht, hc, zt, zc, L, given, cu_seqlens, scale, s, shape):
+    """The states at the starts of spans, and the sums. ht, hc, zt, zc: the final ones and those every s.LC tokens, to be written, or None.
+
+    L: tokens per piece of a sequence, 0 for one piece; given: h0 has the states at their starts.
+    """
     N, T, H, K, V, F = shape
-    like, t = do, s.bwd
-    NP, rows = pieces(cu_seqlens, N, T, s.bwd_L)
-    dhp = state(rows, H, F, V, do)
-    dzp = torch.empty(rows, H, F, dtype=torch.float32, device=do.device)
-    based_bwd_state_kernel[(rows * H * triton.cdiv(V, t.BV),)](
-        q,
-        do=do,
-        den=den,
-        dden=dden,
-        dz=dzp,
-        dh=dhp,
-        L=s.bwd_L,
+    like, t, LS = v, s.fwd, span(s)
+    NV = triton.cdiv(F, s.BF) * triton.cdiv(V, t.BV)
+    NP, rows = pieces(cu_seqlens, N, T, L) if L else (1, N)
+    common = dict(
+        L=L or T + 1,
         NP=NP,
-        monomial=monomials(K, like.device),
+        NC=-(-T // s.LC),
+        LC=s.LC,
+        table=factors(K, s, like.device),
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        k_sb=k.stride(0),
+        k_st=k.stride(1),
+        k_sh=k.stride(2),
+        v_sb=v.stride(0),
+        v_st=v.stride(1),
+        v_sh=v.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        G_k=H // k.shape[2],
+        G_v=H // v.shape[2],
+        K=K,
+        V=V,
+        F=F,
+        LS=span(s),
+        BT=t.BT,
+        BK=s.BK,
+        BV=t.BV,
+        BF=s.BF,
+        DOT=s.DOT,
+        PRECISION=s.PRECISION,
+        num_warps=t.num_warps,
+        num_stages=t.num_stages,
+    )
+    if L and not given:
+        hp = state(rows, H, F, V, like)
+        zp = torch.empty(rows, H, F, dtype=torch.float32, device=like.device)
+        based_fwd_state_kernel[(rows * H * NV,)](
+            k, v,
+            h0=None,
+            ht=hp,
+            hs=None,
+            hc=None,
+            z0=None,
+            zt=zp,
+            zs=None,
+            zc=None,
+            PIECES=True,
+            **common,
+        )
+        scan(hp, h0, zp, z0, cu_seqlens, N, T, L, NP, K, V, F, False)
+        h0, z0 = hp, zp
+    slots = N * -(-T // LS) if cu_seqlens is None else T // LS + N
+    hs = state(slots, H, F, V, like, s.checkpoint)
+    zs = torch.empty(slots, H, triton.cdiv(F, s.BF) * s.BF, dtype=torch.float32, device=like.device)
+    based_fwd_state_kernel[(rows * H * NV,)](
+        k, v,
+        h0=h0,
+        ht=ht,
+        hs=hs,
+        hc=hc,
+        z0=z0,
+        zt=zt,
+        zs=zs,
+        zc=zc,
+        PIECES=bool(L),
+        **common,
+    )
+    return hs, zs
+
+
+def fwd(q, k, v, h0, z0, cu_seqlens, scale, s, final=False, save=False):
+    """The output [B, T, H, V], the final state and what the backward wants; None for what is not asked for.
+
+    s: the schedule, a record of launch-time constants. h0: [N, H, F, V] fp32, or None.
+    """
+    B, T, H, K, V, F, N = sizes(q, k, v, cu_seqlens)
+    like, t = v, s.fwd
+    NC = -(-T // s.LC)
+    # rows past the last sequence stay zero
+    o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=like.dtype, device=like.device)
+    ht = state(N, H, F, V, like) if final else None
+    hc = state(N * NC if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
+    den = torch.empty(B, T, H, dtype=torch.float32, device=like.device) if save else None
+    zt = torch.empty(N, H, F, dtype=torch.float32, device=like.device) if final else None
+    zc = torch.empty(hc.shape[0], H, F, dtype=torch.float32, device=like.device) if save else None
+    hs, zs = states(k, v, h0, z0, ht, hc, zt, zc, s.fwd_L, False, cu_seqlens, scale, s, (N, T, H, K, V, F))
+    NP, rows = pieces(cu_seqlens, N, T, t.BT)
+    based_fwd_kernel[(rows * H * triton.cdiv(V, t.BV),)](
+        q, k, v,
+        o=o,
+        hs=hs,
+        den=den,
+        zs=zs,
+        L=t.BT,
+        NP=NP,
+        NC=-(-T // span(s)),
+        table=factors(K, s, like.device),
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        q_sb=q.stride(0),
+        q_st=q.stride(1),
+        q_sh=q.stride(2),
+        k_sb=k.stride(0),
+        k_st=k.stride(1),
+        k_sh=k.stride(2),
+        v_sb=v.stride(0),
+        v_st=v.stride(1),
+        v_sh=v.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        G_q=H // q.shape[2],
+        G_k=H // k.shape[2],
+        G_v=H // v.shape[2],
+        K=K,
+        V=V,
+        F=F,
+        LS=span(s),
+        BT=t.BT,
+        BK=s.BK,
+        BV=t.BV,
+        BF=s.BF,
+        DOT=s.DOT,
+        PRECISION=s.PRECISION,
+        num_warps=t.num_warps,
+        num_stages=t.num_stages,
+    )
+    return o, ht, hc, zt, zc, den
+
+
+def adjoints(q, do, inv, dden, dht, dzt, dz0, dh0, cu_seqlens, scale, s, shape):
+    """The adjoints of the state at the ends of spans, and of the sums. dh0, dz0: that of the initial state, to be written, or None."""
+    N, T, H, K, V, F = shape
+    like, t, LS, L = do, s.bwd, span(s), s.bwd_L
+    NV = triton.cdiv(F, s.BF) * triton.cdiv(V, t.BV)
+    NP, rows = pieces(cu_seqlens, N, T, L) if L else (1, N)
+    common = dict(
+        L=L or T + 1,
+        NP=NP,
+        NC=-(-T // LS),
+        do=do,
+        inv=inv,
+        dden=dden,
+        table=factors(K, s, like.device),
         cu_seqlens=cu_seqlens,
         scale=scale,
         q_sb=q.stride(0),
@@ -1222,28 +1377,55 @@ def adjoints(q, do, den, dden, dht, dzt, cu_seqlens, scale, s, shape):
         do_sb=do.stride(0),
         do_st=do.stride(1),
         do_sh=do.stride(2),
+        TP=inv.shape[2],
         N=N,
         T=T,
         H=H,
-        NC=-(-T // s.LC),
         G_q=H // q.shape[2],
         K=K,
         V=V,
         F=F,
-        LC=s.LC,
+        LS=span(s),
         BT=t.BT,
         BK=s.BK,
         BV=t.BV,
         BF=s.BF,
-        PARTS=s.PARTS,
         DOT=s.DOT,
         PRECISION=s.PRECISION,
-        SUM_PRECISION=s.SUM_PRECISION,
         num_warps=t.num_warps,
         num_stages=t.num_stages,
     )
-    scan(dhp, dht, dzp, dzt, cu_seqlens, N, T, s.bwd_L, NP, K, V, F, True)
-    return dhp, dzp
+    if L:
+        dhp = state(rows, H, F, V, do)
+        dzp = torch.empty(rows, H, F, dtype=torch.float32, device=do.device)
+        based_bwd_state_kernel[(rows * H * NV,)](
+            q,
+            dht=None,
+            dh0=dhp,
+            dhs=None,
+            dzt=None,
+            dz0=dzp,
+            dzs=None,
+            PIECES=True,
+            **common,
+        )
+        scan(dhp, dht, dzp, dzt, cu_seqlens, N, T, L, NP, K, V, F, True)
+        dht, dzt = dhp, dzp
+    slots = N * -(-T // LS) if cu_seqlens is None else T // LS + N
+    dhs = state(slots, H, F, V, do, s.checkpoint)
+    dzs = torch.empty(slots, H, triton.cdiv(F, s.BF) * s.BF, dtype=torch.float32, device=do.device)
+    based_bwd_state_kernel[(rows * H * NV,)](
+        q,
+        dht=dht,
+        dh0=dh0,
+        dhs=dhs,
+        dzt=dzt,
+        dz0=dz0,
+        dzs=dzs,
+        PIECES=bool(L),
+        **common,
+    )
+    return dhs, dzs
 
 
 def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, initial=False):
@@ -1256,6 +1438,7 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
     like = v
     t = s.bwd
     NV = triton.cdiv(V, t.BV)
+    NP, rows = pieces(cu_seqlens, N, T, t.BT)
     make = torch.empty if cu_seqlens is None else torch.zeros
 
     def gradient(x, axes, need, rows, alone):
@@ -1276,8 +1459,30 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
             return d
         return d.sum(0)
 
+    inv = torch.empty(B, H, triton.cdiv(T, t.BT) * t.BT, dtype=torch.float32, device=like.device)
+    dden = torch.empty_like(inv)
+    based_dn_kernel[(B * H * triton.cdiv(T, t.BT),)](
+        do,
+        o,
+        den,
+        inv,
+        dden,
+        do_sb=do.stride(0),
+        do_st=do.stride(1),
+        do_sh=do.stride(2),
+        TP=inv.shape[2],
+        T=T,
+        H=H,
+        V=V,
+        BT=t.BT,
+        BV=triton.next_power_of_2(V),
+        num_warps=4,
+    )
     common = dict(
-        monomial=monomials(K, like.device),
+        L=t.BT,
+        NP=NP,
+        NC=-(-T // span(s)),
+        table=factors(K, s, like.device),
         cu_seqlens=cu_seqlens,
         scale=scale,
         q_sb=q.stride(0),
@@ -1292,97 +1497,67 @@ def bwd(q, k, v, do, hc, o, den, zc, dht, dzt, cu_seqlens, scale, s, needs, init
         do_sb=do.stride(0),
         do_st=do.stride(1),
         do_sh=do.stride(2),
+        TP=inv.shape[2],
         N=N,
         T=T,
         H=H,
-        NC=-(-T // s.LC),
         G_q=H // q.shape[2],
         G_k=H // k.shape[2],
         G_v=H // v.shape[2],
         K=K,
         V=V,
         F=F,
-        LC=s.LC,
+        LS=span(s),
         BT=t.BT,
         BK=s.BK,
         BV=t.BV,
         BF=s.BF,
-        PARTS=s.PARTS,
         DOT=s.DOT,
         PRECISION=s.PRECISION,
-        SUM_PRECISION=s.SUM_PRECISION,
         num_warps=t.num_warps,
         num_stages=t.num_stages,
     )
     parts = [[] for _ in needs]
-    dden = torch.empty_like(den)
-    based_dn_kernel[(triton.cdiv(den.numel(), t.BT),)](
-        do,
-        o,
-        den,
-        dden,
-        do_sb=do.stride(0),
-        do_st=do.stride(1),
-        do_sh=do.stride(2),
-        R=den.numel(),
-        T=T,
-        H=H,
-        V=V,
-        BT=t.BT,
-        BV=triton.next_power_of_2(V),
-        num_warps=4,
-    )
     if any((needs[0],)):
-        L = s.dq_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.dq_L else (1, N)
+        hs, zs = states(k, v, hc, zc, None, None, None, None, s.LC, True, cu_seqlens, scale, s, (N, T, H, K, V, F))
         dq, dq_sp = gradient(q, "bthk", needs[0], rows, True)
         based_dq_kernel[(rows * H * NV,)](
             q, k, v,
             do=do,
-            den=den,
+            inv=inv,
             dden=dden,
-            zc=zc,
-            hc=hc,
+            zs=zs,
+            hs=hs,
             dq=dq,
             dq_sp=dq_sp,
-            L=L,
-            NP=NP,
             **common,
         )
-        parts[0].append((summed(dq, "bthk"), s.dq_L))
+        parts[0].append((summed(dq, "bthk"), t.BT))
+        # its memory is free for the adjoints
+        hs, zs = None, None
     dh0 = None
     dz0 = None
     if any((needs[1], needs[2],)) or initial:
-        L = s.bwd_L or T + 1
-        NP, rows = pieces(cu_seqlens, N, T, L) if s.bwd_L else (1, N)
-        dhp, dzp = None, None
-        if s.bwd_L:
-            dhp, dzp = adjoints(q, do, den, dden, dht, dzt, cu_seqlens, scale, s, (N, T, H, K, V, F))
         dh0 = state(N, H, F, V, like) if initial else None
         dz0 = torch.empty(N, H, F, dtype=torch.float32, device=like.device) if initial else None
+        dhs, dzs = adjoints(q, do, inv, dden, dht, dzt, dz0, dh0, cu_seqlens, scale, s, (N, T, H, K, V, F))
         dk, dk_sp = gradient(k, "bthk", needs[1], rows, True)
         dv, dv_sp = gradient(v, "bthv", needs[2], rows, True)
         based_dkv_kernel[(rows * H * NV,)](
             q, k, v,
             do=do,
-            den=den,
+            inv=inv,
             dden=dden,
-            dzt=dzt,
-            dzp=dzp,
-            dz0=dz0,
-            dht=dht,
-            dhp=dhp,
-            dh0=dh0,
+            dzs=dzs,
+            dhs=dhs,
             dk=dk,
             dk_sp=dk_sp,
             dv=dv,
             dv_sp=dv_sp,
-            L=L,
-            NP=NP,
             **common,
         )
-        parts[1].append((summed(dk, "bthk"), s.bwd_L))
-        parts[2].append((summed(dv, "bthv"), s.bwd_L))
+        parts[1].append((summed(dk, "bthk"), t.BT))
+        parts[2].append((summed(dv, "bthv"), t.BT))
     return parts, dh0, dz0
 
 
