@@ -131,6 +131,24 @@ def based_fwd_state_kernel(
         b_z = tl.load(z0 + i_s * F + o_f, mask=m_f, other=0.0)
 
 
+    # a chunk's rows are read while the one before is worked on
+    i_c = i_start // BT
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    m_tk = m_t[:, None] & m_k[None, :]
+    m_tv = m_t[:, None] & m_v[None, :]
+    # [BT, BK]
+    p_x_k = k + o_t[:, None] * k_st + o_k[None, :]
+    b_k = tl.load(p_x_k, mask=m_tk, other=0.0)
+    # [BT, BV]
+    p_x_v = v + o_t[:, None] * v_st + o_v[None, :]
+    b_v = tl.load(p_x_v, mask=m_tv, other=0.0)
     # nobody asks for what comes of the last span
     i_stop = i_end if ht is not None else (tl.cdiv(i_end, LS) - 1) * LS
     for i_l in range(i_start // LS, tl.cdiv(i_end, LS)):
@@ -146,7 +164,12 @@ def based_fwd_state_kernel(
                 tl.store(hc + i_s * (F * V) + o_fv, b_h.to(hc.dtype.element_ty), mask=m_fv)
                 if i_v == 0:
                     tl.store(zc + i_s * F + o_f, b_z, mask=m_f)
-        for i_c in range(i_at // BT, tl.cdiv(tl.minimum(i_stop, i_l * LS + LS), BT)):
+        for i_j in range(i_at // BT, tl.cdiv(tl.minimum(i_stop, i_l * LS + LS), BT)):
+            b_key = b_k
+            b_value = b_v
+            m_one = m_t[:, None] & (o_k == K)[None, :]
+            b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
+            i_c = i_j + 1
             i_t = i_c * BT
             i_lo = tl.maximum(i_start - i_t, 0)
             n_t = tl.minimum(i_end - i_t, BT) - i_lo
@@ -154,18 +177,15 @@ def based_fwd_state_kernel(
             i_t = i_t.to(tl.int64)
             # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
             o_t = i_t + o_i
+            o_row = (i_b * T + o_t) * H + i_h
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
             # [BT, BK]
-            p_x = k + o_t[:, None] * k_st + o_k[None, :]
-            b_k = tl.load(p_x, mask=m_tk, other=0.0)
+            p_x_k = k + o_t[:, None] * k_st + o_k[None, :]
+            b_k = tl.load(p_x_k, mask=m_tk, other=0.0)
             # [BT, BV]
-            p_x = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_x, mask=m_tv, other=0.0)
-            b_key = b_k
-            b_value = b_v
-            m_one = m_t[:, None] & (o_k == K)[None, :]
-            b_k1 = tl.where(m_one, 1.0, b_key.to(tl.float32)).to(DOT)
+            p_x_v = v + o_t[:, None] * v_st + o_v[None, :]
+            b_v = tl.load(p_x_v, mask=m_tv, other=0.0)
             # [BF, BT]
             b_kt = tl.trans(b_k1)
             b_f = tl.dot(b_first, b_kt, input_precision=PRECISION) * tl.dot(b_second, b_kt, input_precision=PRECISION)
@@ -431,6 +451,32 @@ def based_bwd_state_kernel(
         b_dz = tl.load(dzt + i_s * F + o_f, mask=m_f, other=0.0)
 
 
+    # a chunk's rows are read while the one after is worked on
+    i_c = tl.maximum(tl.cdiv(i_end, BT) - 1, i_start // BT)
+    i_t = i_c * BT
+    i_lo = tl.maximum(i_start - i_t, 0)
+    n_t = tl.minimum(i_end - i_t, BT) - i_lo
+    m_t = (o_i >= i_lo) & (o_i < i_lo + n_t)
+    i_t = i_t.to(tl.int64)
+    # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
+    o_t = i_t + o_i
+    o_row = (i_b * T + o_t) * H + i_h
+    m_tk = m_t[:, None] & m_k[None, :]
+    m_tv = m_t[:, None] & m_v[None, :]
+    # [BT, BK]
+    p_x_q = q + o_t[:, None] * q_st + o_k[None, :]
+    b_q = tl.load(p_x_q, mask=m_tk, other=0.0)
+    # [BT, BV]
+    p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+    b_do = tl.load(p_do, mask=m_tv, other=0.0)
+    # [BT]; with sequences apart rows past the end are there, and zero: loads without a mask are of several numbers
+    o_n = (i_b * H + i_h) * TP + o_t
+    if cu_seqlens is None:
+        b_inv = tl.load(inv + o_n)
+        b_dn = tl.load(dden + o_n)
+    else:
+        b_inv = tl.load(inv + o_n, mask=m_t, other=0.0)
+        b_dn = tl.load(dden + o_n, mask=m_t, other=0.0)
     n_l = tl.cdiv(i_end, LS) - i_start // LS
     for i in range(n_l):
         i_l = tl.cdiv(i_end, LS) - 1 - i
@@ -444,7 +490,14 @@ def based_bwd_state_kernel(
         # nobody asks for what comes of the first span
         if dh0 is None:
             i_last = tl.where(i + 1 == n_l, i_first, i_last)
-        for i_c in range(i_first, i_last):
+        for i_j in range(i_first, i_last):
+            b_query = b_q
+            m_one = m_t[:, None] & (o_k == K)[None, :]
+            b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale).to(DOT)
+            b_x = b_do.to(DOT)
+            b_y = b_inv
+            b_n = b_dn
+            i_c = tl.maximum(i_first + i_last - 2 - i_j, i_start // BT)
             i_t = i_c * BT
             i_lo = tl.maximum(i_start - i_t, 0)
             n_t = tl.minimum(i_end - i_t, BT) - i_lo
@@ -452,14 +505,12 @@ def based_bwd_state_kernel(
             i_t = i_t.to(tl.int64)
             # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
             o_t = i_t + o_i
+            o_row = (i_b * T + o_t) * H + i_h
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
             # [BT, BK]
-            p_x = q + o_t[:, None] * q_st + o_k[None, :]
-            b_q = tl.load(p_x, mask=m_tk, other=0.0)
-            b_query = b_q
-            m_one = m_t[:, None] & (o_k == K)[None, :]
-            b_q1 = tl.where(m_one, 1.0, b_query.to(tl.float32) * scale).to(DOT)
+            p_x_q = q + o_t[:, None] * q_st + o_k[None, :]
+            b_q = tl.load(p_x_q, mask=m_tk, other=0.0)
             # [BT, BV]
             p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
             b_do = tl.load(p_do, mask=m_tv, other=0.0)
@@ -474,9 +525,9 @@ def based_bwd_state_kernel(
             # [BF, BT]
             b_qt = tl.trans(b_q1)
             b_f = tl.dot(b_half, b_qt, input_precision=PRECISION) * tl.dot(b_second, b_qt, input_precision=PRECISION)
-            b_dz += tl.sum(b_f * b_dn[None, :], 1)
-            b_f *= b_inv[None, :]
-            b_dh = tl.dot(b_f.to(DOT), b_do.to(DOT), b_dh, input_precision=PRECISION)
+            b_dz += tl.sum(b_f * b_n[None, :], 1)
+            b_f *= b_y[None, :]
+            b_dh = tl.dot(b_f.to(DOT), b_x, b_dh, input_precision=PRECISION)
 
     if dh0 is not None:
         if dhs is None or is_first:
