@@ -51,8 +51,8 @@ def render_standalone(plan: Plan) -> str:
 
 
 def _without_unused(text: str) -> str:
-    """Macros set up blocks that not every kernel reads: assignments of a line to a name that its function never names
-    again go, and branches that had nothing else."""
+    """Macros set up blocks that not every kernel reads: assignments of a line to a name that its function only assigns
+    to go, and branches that had nothing else."""
     found = []
     for part in re.split(r"(?m)^(?=def )", text):
         before = None
@@ -70,7 +70,8 @@ _EMPTY = re.compile(r"(?m)^( +)if .*:\n(?:\1 +#.*\n|\n)*(?!\1 |\1else|\1elif|\n)
 
 
 def _kept(match: re.Match[str], text: str) -> str:
-    return match[0] if len(re.findall(rf"\b{match[1]}\b", text)) > 1 else ""
+    named = len(re.findall(rf"\b{match[1]}\b", text))
+    return match[0] if named > len(re.findall(rf"(?m)^ +{match[1]} = ", text)) else ""
 
 
 def _tidy(text: str) -> str:

@@ -140,7 +140,6 @@ def based_fwd_state_kernel(
     i_t = i_t.to(tl.int64)
     # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
     o_t = i_t + o_i
-    o_row = (i_b * T + o_t) * H + i_h
     m_tk = m_t[:, None] & m_k[None, :]
     m_tv = m_t[:, None] & m_v[None, :]
     # [BT, BK]
@@ -177,7 +176,6 @@ def based_fwd_state_kernel(
             i_t = i_t.to(tl.int64)
             # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
             o_t = i_t + o_i
-            o_row = (i_b * T + o_t) * H + i_h
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
             # [BT, BK]
@@ -460,7 +458,6 @@ def based_bwd_state_kernel(
     i_t = i_t.to(tl.int64)
     # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
     o_t = i_t + o_i
-    o_row = (i_b * T + o_t) * H + i_h
     m_tk = m_t[:, None] & m_k[None, :]
     m_tv = m_t[:, None] & m_v[None, :]
     # [BT, BK]
@@ -505,7 +502,6 @@ def based_bwd_state_kernel(
             i_t = i_t.to(tl.int64)
             # tokens of the chunk, and their rows in contiguous tensors [B, T, H, ..]
             o_t = i_t + o_i
-            o_row = (i_b * T + o_t) * H + i_h
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
             # [BT, BK]
