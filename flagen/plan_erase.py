@@ -140,30 +140,6 @@ class ErasePlan:
         return any(role in unit.users for unit in self.units)
 
     @property
-    def early_terms(self) -> tuple[tuple[Gradient, tuple[Term, ...]], ...]:
-        """With key channels in blocks: what inputs get of roles, block by block."""
-        return self._terms_of(units=False)
-
-    @property
-    def query_terms(self) -> tuple[tuple[Gradient, tuple[Term, ...]], ...]:
-        """Of the early ones those of inputs that get nothing but the query's."""
-        return tuple((x, terms) for x, terms in self.early_terms if {term.role for term in terms} == {"query"})
-
-    @property
-    def other_terms(self) -> tuple[tuple[Gradient, tuple[Term, ...]], ...]:
-        return tuple(one for one in self.early_terms if one not in self.query_terms)
-
-    @property
-    def late_terms(self) -> tuple[tuple[Gradient, tuple[Term, ...]], ...]:
-        """What they get of normalised vectors, whose gradients want sums over all channels first."""
-        return self._terms_of(units=True)
-
-    def _terms_of(self, units: bool) -> tuple[tuple[Gradient, tuple[Term, ...]], ...]:
-        names = {unit.name for unit in self.units}
-        found = ((x, tuple(t for t in x.terms_over("k") if (t.role in names) == units)) for x in self.gradients)
-        return tuple((x, terms) for x, terms in found if terms)
-
-    @property
     def erase_rows(self) -> tuple[str, ...]:
         """Rows that the chunk-parallel kernel makes for the serial ones: of query, a, b and key. With delta a is the
         key times a number a token, a factor unless channels have decays of their own."""

@@ -99,11 +99,6 @@ class Unit(NamedTuple):
     terms: tuple[Term, ...]
     loaded: bool
 
-    @property
-    def share(self) -> str:
-        """The block [BT] of its products with its own gradient."""
-        return f"norm_{self.name}_d"
-
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
@@ -168,7 +163,7 @@ OWN_BLOCKS = frozenset(
     zkey ce vf rn wt nz kz ones dw row rest last sums even odd
     da db derase derase_a derase_b pA pB pC pD
     on ez nq nb xz rkey hd hwd qdi kdi tn aq ak ce se zri zli dqdr dqdi dkdr dkdi ally es one rows gn_ahead tn_ahead
-    wA wB dfar qfar kfar kfari xlfar ylfar dfactor ow less kt qt half with vt
+    dfar qfar kfar kfari xlfar ylfar dfactor ow less kt qt half with vt
     """.split()  # noqa: SIM905
 )
 

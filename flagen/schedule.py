@@ -200,7 +200,7 @@ def schedule(
         intra, bwd_intra = Tile(BT, 64, warps, 1), Tile(BT, min(64, 8192 // BK), 4 if two else 8, stages)
         if plan.decay == "key" and low:
             # four warps hold the rows of a chunk of 32 twice
-            intra, bwd_intra = Tile(BT, 32, 2, 1), Tile(BT, 64, 2, 1)
+            intra = Tile(BT, 32, 2, 1)
     rows = turned_tile(BT, BK, whole, bwd.num_stages) if plan.turned else sweep_tile(BT, BK, whole, low)
     if plan.erase:
         rows = fwd if fwd.num_stages == 3 else Tile(fwd.BT, fwd.BV, fwd.num_warps, 1)

@@ -671,8 +671,7 @@ def kda_bwd_state_kernel(
 
 
 # All gradients. A program owns a chunk and a head; it has the states hs at the chunk's start and their adjoints dhs at its end, what
-# the chunk writes with b, hw, and the gradient of what it reads with a, -dhw. V is taken in blocks of BV, K in blocks of BK.
-# ru [2, B, T, H, K]: room for what normalised vectors get, from one pass over K to the next.
+# the chunk writes with b, hw, and the gradient of what it reads with a, -dhw. V is taken in blocks of BV.
 # TREE: only where a row is marked in far, else only where none is; always with operands wider than bf16.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def kda_bwd_kernel(
@@ -681,8 +680,6 @@ def kda_bwd_kernel(
     v,
     g,
     beta,
-    ru,
-    ru_sp,
     do,
     hw,
     dhw,
@@ -772,56 +769,45 @@ def kda_bwd_kernel(
     g += (i_h // G_g) * g_sh
     beta += i_b * beta_sb
     beta += (i_h // G_beta) * beta_sh
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
+    m_tk = m_t[:, None] & m_k[None, :]
     b_sum_beta = tl.zeros([BT], dtype=tl.float32)
-    # from the chunk's first token on
-    q += i_t * q_st
-    k += i_t * k_st
-    v += i_t * v_st
-    g += i_t * g_st
-    beta += i_t * beta_st
-    do += i_b * do_sb + i_h * do_sh + i_t * do_st
-    i_row = (i_b * T + i_t) * H + i_h
-    o_t = o_i.to(tl.int64)
-    # [BT]: 1 over norms
-    b_norm_unit0 = tl.zeros([BT], dtype=tl.float32)
-    b_norm_unit1 = tl.zeros([BT], dtype=tl.float32)
-    for i_k in range(tl.cdiv(K, BK)):
-        o_k = i_k * BK + tl.arange(0, BK)
-        m_k = o_k < K
-        m_tk = m_t[:, None] & m_k[None, :]
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        b_unit0 = tl.where(m_tk, b_q, 0.0)
-        b_norm_unit0 += tl.sum(b_unit0 * b_unit0, 1)
-        b_unit1 = tl.where(m_tk, b_k, 0.0)
-        b_norm_unit1 += tl.sum(b_unit1 * b_unit1, 1)
-    b_norm_unit0 = 1.0 / tl.sqrt(b_norm_unit0 + 1e-06)
-    b_norm_unit1 = 1.0 / tl.sqrt(b_norm_unit1 + 1e-06)
-    # gradients of scale q b^T and a b^T [BT, BT]
+    # gradients of scale q b^T and a b^T [BT, BT], of query and a by the first state, and of b by the last one [BT, BK]
     b_dA = tl.zeros([BT, BT], dtype=tl.float32)
     b_dD = tl.zeros([BT, BT], dtype=tl.float32)
+    b_dqr = tl.zeros([BT, BK], dtype=tl.float32)
+    b_dar = tl.zeros([BT, BK], dtype=tl.float32)
+    b_dbd = tl.zeros([BT, BK], dtype=tl.float32)
+    # [BK]: states times adjoints
+    b_all = tl.zeros([BK], dtype=tl.float32)
     for i_v in range(tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = o_v < V
         m_tv = m_t[:, None] & m_v[None, :]
-        # [BT, BV]
-        p_do = do + o_t[:, None] * do_st + o_v[None, :]
-        b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
-        p_w = o_row[:, None] * V + o_v[None, :]
-        b_hw = tl.load(hw + p_w, mask=m_tv, other=0.0)
-        b_dhw = tl.load(dhw + p_w, mask=m_tv, other=0.0)
+        m_kv = m_k[:, None] & m_v[None, :]
         # [BT, BV]
         p_v = v + o_t[:, None] * v_st + o_v[None, :]
         b_v = tl.load(p_v, mask=m_tv, other=0.0).to(tl.float32)
         # [BT]
         b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
         # [BT, BV]
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
+        p_w = o_row[:, None] * V + o_v[None, :]
+        b_hw = tl.load(hw + p_w, mask=m_tv, other=0.0)
+        b_dhw = tl.load(dhw + p_w, mask=m_tv, other=0.0)
+        # [BK, BV]
+        p_h = i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :])
+        b_h = tl.load(hs + p_h, mask=m_kv, other=0.0)
+        b_dh = tl.load(dhs + p_h, mask=m_kv, other=0.0)
         b_dA += tl.dot(b_do, tl.trans(b_hw), input_precision=PRECISION)
         b_dD -= tl.dot(b_dhw, tl.trans(b_hw), input_precision=PRECISION)
+        b_dqr += tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
+        b_dar -= tl.dot(b_dhw, tl.trans(b_h), input_precision=PRECISION)
+        b_dbd += tl.dot(b_hw, tl.trans(b_dh), input_precision=PRECISION)
+        b_all += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
+        # [BT, BV]
         b_dvalue = b_dhw.to(tl.float32)
         if dv is not None:
             b_dv_ = b_dvalue * (b_beta[:, None])
@@ -829,186 +815,126 @@ def kda_bwd_kernel(
             tl.store(p_dv, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
         if dbeta is not None:
             b_sum_beta += tl.sum(b_dvalue * (b_v), 1)
-    m_below = o_i[None, :] < o_i[:, None]
-    # a query reads its own token too
-    b_wA = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1)
+
+
+    # [BT, BK]
+    p_x = q + o_t[:, None] * q_st + o_k[None, :]
+    b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+    # [BT, BK]
+    p_x = k + o_t[:, None] * k_st + o_k[None, :]
+    b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+    # [BT, BK]
+    p_x = g + o_t[:, None] * g_st + o_k[None, :]
+    b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+    # [BT]
+    b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
+    # [BT, BK] and [BT]
+    b_unit0 = b_q
+    b_norm_unit0 = 1.0 / tl.sqrt(tl.sum(b_unit0 * b_unit0, 1) + 1e-06)
+    b_unit0 *= b_norm_unit0[:, None]
+    # [BT, BK] and [BT]
+    b_unit1 = b_k
+    b_norm_unit1 = 1.0 / tl.sqrt(tl.sum(b_unit1 * b_unit1, 1) + 1e-06)
+    b_unit1 *= b_norm_unit1[:, None]
+    b_key = b_unit1
+    b_query = b_unit0
+    # [BT] and [BT, BK]
+    b_e = tl.where(m_t, b_beta, 0.0)
+    b_a = b_key * b_e[:, None]
+    b_b = b_key
+    # [BT, BK]
+    b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+    b_en = tl.sum(b_ld, 0)
     if DOT == tl.bfloat16:
+        # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+        b_ck = sum_steps(o_i[None, :] < o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION) + b_ld
+        b_ck *= RCP_LN2
+    if DOT == tl.bfloat16:
+        b_eq = tl.exp2(b_ck)
+    else:
+        b_eq = tl.exp(sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+    b_ea = b_eq
+    if DOT == tl.bfloat16:
+        b_ek = tl.exp2((b_en * RCP_LN2)[None, :] - b_ck)
+    else:
+        b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+    if DOT == tl.bfloat16:
+        b_el = tl.exp2(tl.minimum(-b_ck, SPAN * RCP_LN2))
+    b_en = tl.exp(b_en)
+    m_below = o_i[None, :] < o_i[:, None]
+    # [BT, BK]: gradients by states, and what they say of the decay, by rows that read (b_xq, b_xa) and rows that write (b_xw)
+    b_dquery = b_dqr * b_eq
+    b_da = b_dar * b_ea
+    b_db = b_dbd * b_ek
+    b_xw = b_b * b_db
+    b_dlog_decay = sum_steps(m_below, b_xw, 2, DOT, SUM_PRECISION) + (b_all * b_en)[None, :]
+    b_xq = b_query * b_dquery * scale
+    b_xa = b_a * b_da
+    if DOT == tl.bfloat16:
+        b_zq = (b_query * (b_eq * scale)).to(DOT)
+        b_za = (b_a * b_ea).to(DOT)
+        b_zb = (b_b * b_el).to(DOT)
         m_near = m_below
         if TREE:
             m_near = m_near & (m_far[:, None] == 0)
         b_pA = tl.where(m_near, b_dA, 0.0).to(DOT)
         b_pD = tl.where(m_near, b_dD, 0.0).to(DOT)
-        if TREE:
+        # both sides of a pair give the same rounded product, so that pairs on one side of a token cancel
+        b_or = tl.dot(b_pA, b_zb, input_precision=PRECISION)
+        b_dquery += b_or * b_eq
+        b_xq += b_or * b_zq.to(tl.float32)
+        b_or = tl.dot(b_pD, b_zb, input_precision=PRECISION)
+        b_da += b_or * b_ea
+        b_xa += b_or * b_za.to(tl.float32)
+        b_ol = tl.dot(tl.trans(b_pA), b_zq, input_precision=PRECISION)
+        b_ol = tl.dot(tl.trans(b_pD), b_za, b_ol, input_precision=PRECISION)
+        b_db += b_ol * b_el
+        b_xl = b_ol * b_zb.to(tl.float32)
+        # pairs of two rows after a step do not hold it, but are in both sums
+        b_xq -= b_xl
+    b_dlog_decay += sum_steps(o_i[None, :] > o_i[:, None], b_xq + b_xa, 2, DOT, SUM_PRECISION) + b_xq
+    b_dlog_decay += b_xa
+    # a query reads its own token too
+    b_d = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1)[:, None]
+    b_dquery += b_d * b_b
+    b_db += b_d * b_query * scale
+    if TREE:
+        if DOT == tl.bfloat16:
             b_dA = tl.where(m_far[:, None], b_dA, 0.0)
             b_dD = tl.where(m_far[:, None], b_dD, 0.0)
-    # [BT]: what it has of its gradient
-    b_norm_unit0_d = tl.zeros([BT], dtype=tl.float32)
-    # [BT]: what it has of its gradient
-    b_norm_unit1_d = tl.zeros([BT], dtype=tl.float32)
-    for i_k in range(tl.cdiv(K, BK)):
-        o_t = (o_i + (i_k & (N >> 30))).to(tl.int64)
-        o_row = i_row + o_t * H
-        o_k = i_k * BK + tl.arange(0, BK)
-        m_k = o_k < K
-        m_tk = m_t[:, None] & m_k[None, :]
-        # [BT, BK]
-        b_dqr = tl.zeros([BT, BK], dtype=tl.float32)
-        b_dar = tl.zeros([BT, BK], dtype=tl.float32)
-        b_dbd = tl.zeros([BT, BK], dtype=tl.float32)
-        # [BK]: states times adjoints
-        b_all = tl.zeros([BK], dtype=tl.float32)
-        for i_v in range(tl.cdiv(V, BV)):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = o_v < V
-            m_tv = m_t[:, None] & m_v[None, :]
-            # [BT, BV]
-            p_do = do + o_t[:, None] * do_st + o_v[None, :]
-            b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
-            p_w = o_row[:, None] * V + o_v[None, :]
-            b_hw = tl.load(hw + p_w, mask=m_tv, other=0.0)
-            b_dhw = tl.load(dhw + p_w, mask=m_tv, other=0.0)
-            # [BK, BV]
-            p_h = i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :])
-            m_kv = m_k[:, None] & m_v[None, :]
-            b_h = tl.load(hs + p_h, mask=m_kv, other=0.0)
-            b_dqr += tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
-            b_dar -= tl.dot(b_dhw, tl.trans(b_h), input_precision=PRECISION)
-            b_dh = tl.load(dhs + p_h, mask=m_kv, other=0.0)
-            b_dbd += tl.dot(b_hw, tl.trans(b_dh), input_precision=PRECISION)
-            b_all += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
-        # [BT, BK]
-        p_x = g + o_t[:, None] * g_st + o_k[None, :]
-        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_en = tl.sum(b_ld, 0)
-        if DOT == tl.bfloat16:
-            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_ck = sum_steps(o_i[None, :] < o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION) + b_ld
-            b_ck *= RCP_LN2
-        if DOT == tl.bfloat16:
-            b_ek = tl.exp2((b_en * RCP_LN2)[None, :] - b_ck)
-        else:
-            b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT]
-        b_beta = tl.load(beta + o_t * beta_st, mask=m_t, other=0.0).to(tl.float32)
-        b_unit1 = tl.where(m_tk, b_k, 0.0) * b_norm_unit1[:, None]
-        b_key = b_unit1
-        b_b = b_key
-        b_db = b_dbd * b_ek
-        b_x = b_b * b_db
-        b_dlog_decay = sum_steps(m_below, b_x, 2, DOT, SUM_PRECISION) + (b_all * tl.exp(b_en))[None, :]
-        if DOT == tl.bfloat16:
-            b_el = tl.exp2(tl.minimum(-b_ck, SPAN * RCP_LN2))
-            b_zb = (b_b * b_el).to(DOT)
-        # [BT] and [BT, BK]
-        b_e = tl.where(m_t, b_beta, 0.0)
-        b_a = b_key * b_e[:, None]
-        if DOT == tl.bfloat16:
-            b_eq = tl.exp2(b_ck)
-        else:
-            b_eq = tl.exp(sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_ea = b_eq
-        b_za = (b_a * b_ea).to(DOT)
-        if DOT == tl.bfloat16:
-            b_dar = tl.dot(b_pD, b_zb, b_dar, input_precision=PRECISION)
-        b_x = b_dar * b_za.to(tl.float32)
-        b_dlog_decay += b_x
-        b_da = b_dar * b_ea
-        if TREE:
-            b_or, b_ol, b_sum = erase_apply(b_dD, b_a, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-            b_da += b_or
-            b_db += b_ol
-            b_dlog_decay += b_sum
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        b_unit0 = tl.where(m_tk, b_q, 0.0) * b_norm_unit0[:, None]
-        b_query = b_unit0
-        if DOT == tl.bfloat16:
-            b_eq = tl.exp2(b_ck)
-        else:
-            b_eq = tl.exp(sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_zq = (b_query * (b_eq * scale)).to(DOT)
-        if DOT == tl.bfloat16:
-            b_dqr = tl.dot(b_pA, b_zb, b_dqr, input_precision=PRECISION)
-        b_xq = b_dqr * b_zq.to(tl.float32)
-        b_dlog_decay += b_xq
-        b_x += b_xq
-        b_dquery = b_dqr * b_eq
-        b_dquery += b_wA[:, None] * b_b
-        b_db += (b_wA * scale)[:, None] * b_query
-        if TREE:
-            b_or, b_ol, b_sum = erase_apply(b_dA, b_query * scale, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-            b_dquery += b_or
-            b_db += b_ol
-            b_dlog_decay += b_sum
-        b_dquery *= scale
-        # [BT, BK]
-        b_dunit0 = b_dquery
-        b_norm_unit0_d += tl.sum(b_dunit0 * b_unit0, 1)
-        tl.store(ru + (0 * ru_sp.to(tl.int64) + o_row * K)[:, None] + o_k[None, :], b_dunit0.to(ru.dtype.element_ty), mask=m_tk)
-        if DOT == tl.bfloat16:
-            b_el = tl.exp2(tl.minimum(-b_ck, SPAN * RCP_LN2))
-            b_ol = tl.dot(tl.trans(b_pA), b_zq, input_precision=PRECISION)
-            b_ol = tl.dot(tl.trans(b_pD), b_za, b_ol, input_precision=PRECISION)
-            b_db += b_ol * b_el
-            b_xl = b_ol * b_zb.to(tl.float32)
-            # pairs of two rows after a step do not hold it, but are in both sums
-            b_x -= b_xl
-            b_dlog_decay -= b_xl
-        b_dlog_decay += sum_steps(o_i[None, :] > o_i[:, None], b_x, 2, DOT, SUM_PRECISION)
-        b_derase = tl.sum(b_da * b_key, 1)
-        b_dkey = b_db + b_da * b_e[:, None]
-        # again, rather than held on
-        # [BT, BK]
-        p_x = g + o_t[:, None] * g_st + o_k[None, :]
-        b_g = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        # [BT, BK]
-        b_dunit1 = b_dkey
-        b_norm_unit1_d += tl.sum(b_dunit1 * b_unit1, 1)
-        tl.store(ru + (1 * ru_sp.to(tl.int64) + o_row * K)[:, None] + o_k[None, :], b_dunit1.to(ru.dtype.element_ty), mask=m_tk)
-        if dg is not None:
-            b_dg_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
-            p_dk = dg + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_dk, b_dg_.to(dg.dtype.element_ty), mask=m_tk)
-        if dbeta is not None:
-            b_sum_beta += b_derase
-    tl.debug_barrier()
-    for i_k in range(tl.cdiv(K, BK)):
-        o_t = (o_i + (i_k & (N >> 30))).to(tl.int64)
-        o_row = i_row + o_t * H
-        o_k = i_k * BK + tl.arange(0, BK)
-        m_k = o_k < K
-        m_tk = m_t[:, None] & m_k[None, :]
-        # [BT, BK]
-        p_x = q + o_t[:, None] * q_st + o_k[None, :]
-        b_q = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
-        b_unit0 = tl.where(m_tk, b_q, 0.0) * b_norm_unit0[:, None]
-        b_dunit0 = tl.load(ru + (0 * ru_sp.to(tl.int64) + o_row * K)[:, None] + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
-        b_dunit0 = (b_dunit0 - b_unit0 * b_norm_unit0_d[:, None]) * b_norm_unit0[:, None]
-        # [BT, BK]
-        b_unit1 = tl.where(m_tk, b_k, 0.0) * b_norm_unit1[:, None]
-        b_dunit1 = tl.load(ru + (1 * ru_sp.to(tl.int64) + o_row * K)[:, None] + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
-        b_dunit1 = (b_dunit1 - b_unit1 * b_norm_unit1_d[:, None]) * b_norm_unit1[:, None]
-        if dq is not None:
-            b_dq_ = b_dunit0
-            p_dk = dq + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_dk, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
-        if dk is not None:
-            b_dk_ = b_dunit1
-            p_dk = dk + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_dk, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-    o_row = i_row + o_i.to(tl.int64) * H
+        b_or, b_ol, b_sum = erase_apply(b_dA, b_query * scale, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_dquery += b_or
+        b_db += b_ol
+        b_dlog_decay += b_sum
+        b_or, b_ol, b_sum = erase_apply(b_dD, b_a, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_da += b_or
+        b_db += b_ol
+        b_dlog_decay += b_sum
+    b_dquery *= scale
+    b_derase = tl.sum(b_da * b_key, 1)
+    b_dkey = b_db + b_da * b_e[:, None]
+    # [BT, BK]
+    b_dunit0 = b_dquery
+    b_dunit0 -= b_unit0 * tl.sum(b_dunit0 * b_unit0, 1)[:, None]
+    b_dunit0 *= b_norm_unit0[:, None]
+    # [BT, BK]
+    b_dunit1 = b_dkey
+    b_dunit1 -= b_unit1 * tl.sum(b_dunit1 * b_unit1, 1)[:, None]
+    b_dunit1 *= b_norm_unit1[:, None]
+    if dq is not None:
+        b_dq_ = b_dunit0
+        p_dk = dq + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
+    if dk is not None:
+        b_dk_ = b_dunit1
+        p_dk = dk + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
+    if dg is not None:
+        b_dg_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
+        p_dk = dg + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_dg_.to(dg.dtype.element_ty), mask=m_tk)
+    if dbeta is not None:
+        b_sum_beta += b_derase
     if dbeta is not None:
         tl.store(dbeta + o_row, b_sum_beta.to(dbeta.dtype.element_ty), mask=m_t)
 
@@ -1188,9 +1114,7 @@ def intra(q, k, g, beta, cu_seqlens, scale, s, shape, kept=None):
         kept["en"] = torch.empty(chunks, H, K, dtype=torch.float32, device=like.device)
         kept["far"] = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
     made = {x: made for x, made in kept.items() if x != "far"}
-    # a backward keeps what normalised vectors get where rows were
-    rows = torch.empty(3, B, T, H, K, dtype=common, device=like.device)
-    made |= {"rq": rows[0], "ra": rows[1], "rb": rows[2], }
+    made |= {x: torch.empty(B, T, H, K, dtype=common, device=like.device) for x in ("rq", "ra", "rb", )}
     by_key = dict(
         far=kept["far"],
         PAIRS=is_first,
@@ -1372,8 +1296,6 @@ def bwd(q, k, v, g, beta, do, hc, kept, dht, cu_seqlens, scale, s, needs, initia
     t = s.bwd_intra
     by_key = dict(
         far=kept["far"],
-        ru=made["rq"],
-        ru_sp=B * T * H * K,
         do=do,
         hw=hw,
         dhw=dhw,
@@ -1417,7 +1339,7 @@ def bwd(q, k, v, g, beta, do, hc, kept, dht, cu_seqlens, scale, s, needs, initia
         V=V,
         F=F,
         BT=t.BT,
-        BK=s.intra.BV if s.DOT == tl.bfloat16 else s.BK,
+        BK=s.BK,
         BV=t.BV,
         LEVELS=t.BT.bit_length() - 1,
         PARTS=s.PARTS,

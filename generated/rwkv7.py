@@ -686,7 +686,7 @@ def rwkv7_bwd_state_kernel(
 
 
 # All gradients. A program owns a chunk and a head; it has the states hs at the chunk's start and their adjoints dhs at its end, what
-# the chunk writes with b, hw, and the gradient of what it reads with a, -dhw. V is taken in blocks of BV, K in blocks of BK.
+# the chunk writes with b, hw, and the gradient of what it reads with a, -dhw. V is taken in blocks of BV.
 # TREE: only where a row is marked in far, else only where none is; always with operands wider than bf16.
 @triton.jit(do_not_specialize=["T", "N", "NP"])
 def rwkv7_bwd_kernel(
@@ -795,66 +795,121 @@ def rwkv7_bwd_kernel(
     a += (i_h // G_a) * a_sh
     b += i_b * b_sb
     b += (i_h // G_b) * b_sh
-
-    # from the chunk's first token on
-    r += i_t * r_st
-    k += i_t * k_st
-    v += i_t * v_st
-    w += i_t * w_st
-    a += i_t * a_st
-    b += i_t * b_st
-    do += i_b * do_sb + i_h * do_sh + i_t * do_st
-    i_row = (i_b * T + i_t) * H + i_h
-    o_t = o_i.to(tl.int64)
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
+    m_tk = m_t[:, None] & m_k[None, :]
 
     # [BT, BT]
     b_B = tl.load(B + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
     b_C = tl.load(C + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
-    # gradients of scale q k^T and a k^T [BT, BT]
+    # [BT, BK]
+    b_rk = tl.load(rk + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+    # gradients of scale q k^T and a k^T [BT, BT], and of keys by the last state [BT, BK]
     b_dB = tl.zeros([BT, BT], dtype=tl.float32)
     b_dC = tl.zeros([BT, BT], dtype=tl.float32)
-    # gradients of scale q b^T and a b^T [BT, BT]
+    b_dkd = tl.zeros([BT, BK], dtype=tl.float32)
+    # gradients of scale q b^T and a b^T [BT, BT], of query and a by the first state, and of b by the last one [BT, BK]
     b_dA = tl.zeros([BT, BT], dtype=tl.float32)
     b_dD = tl.zeros([BT, BT], dtype=tl.float32)
+    b_dqr = tl.zeros([BT, BK], dtype=tl.float32)
+    b_dar = tl.zeros([BT, BK], dtype=tl.float32)
+    b_dbd = tl.zeros([BT, BK], dtype=tl.float32)
+    # [BK]: states times adjoints
+    b_all = tl.zeros([BK], dtype=tl.float32)
     for i_v in range(tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = o_v < V
         m_tv = m_t[:, None] & m_v[None, :]
-        # [BT, BV]
-        p_do = do + o_t[:, None] * do_st + o_v[None, :]
-        b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
-        p_w = o_row[:, None] * V + o_v[None, :]
-        b_hw = tl.load(hw + p_w, mask=m_tv, other=0.0)
-        b_dhw = tl.load(dhw + p_w, mask=m_tv, other=0.0)
+        m_kv = m_k[:, None] & m_v[None, :]
         # [BT, BV]
         p_v = v + o_t[:, None] * v_st + o_v[None, :]
         b_v = tl.load(p_v, mask=m_tv, other=0.0)
         b_value = b_v
+        p_do = do + (i_b * do_sb + i_h * do_sh) + o_t[:, None] * do_st + o_v[None, :]
+        b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
+        p_w = o_row[:, None] * V + o_v[None, :]
+        b_hw = tl.load(hw + p_w, mask=m_tv, other=0.0)
+        b_dhw = tl.load(dhw + p_w, mask=m_tv, other=0.0)
+        # [BK, BV]
+        p_h = i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :])
+        b_h = tl.load(hs + p_h, mask=m_kv, other=0.0)
+        b_dh = tl.load(dhs + p_h, mask=m_kv, other=0.0)
         b_dA += tl.dot(b_do, tl.trans(b_hw), input_precision=PRECISION)
         b_dD -= tl.dot(b_dhw, tl.trans(b_hw), input_precision=PRECISION)
+        b_dqr += tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
+        b_dar -= tl.dot(b_dhw, tl.trans(b_h), input_precision=PRECISION)
+        b_dbd += tl.dot(b_hw, tl.trans(b_dh), input_precision=PRECISION)
+        b_all += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
+        # [BT, BV]
         b_dB += tl.dot(b_do, tl.trans(b_value.to(DOT)), input_precision=PRECISION)
         b_dC -= tl.dot(b_dhw, tl.trans(b_value.to(DOT)), input_precision=PRECISION)
-        b_dvalue = tl.dot(tl.trans(b_B), b_do, input_precision=PRECISION)
+        b_dkd += tl.dot(b_value.to(DOT), tl.trans(b_dh), input_precision=PRECISION)
+        b_dvalue = tl.dot(b_rk, b_dh, input_precision=PRECISION)
+        b_dvalue += tl.dot(tl.trans(b_B), b_do, input_precision=PRECISION)
         b_dvalue -= tl.dot(tl.trans(b_C), b_dhw, input_precision=PRECISION)
-        for i_k in range(tl.cdiv(K, BK)):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m_k = o_k < K
-            m_tk = m_t[:, None] & m_k[None, :]
-            # [BT, BK]
-            b_rk = tl.load(rk + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
-            # [BK, BV]
-            p_h = i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :])
-            b_dh = tl.load(dhs + p_h, mask=m_k[:, None] & m_v[None, :], other=0.0)
-            b_dvalue += tl.dot(b_rk, b_dh, input_precision=PRECISION)
         if dv is not None:
             b_dv_ = b_dvalue
             p_dv = dv + (o_row[:, None] * V + o_v[None, :])
             tl.store(p_dv, b_dv_.to(dv.dtype.element_ty), mask=m_tv)
-    m_below = o_i[None, :] < o_i[:, None]
-    # a query reads its own token too
-    b_wA = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1)
-    b_wB = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dB, 0.0), 1)
+
+
+    # [BT, BK]
+    p_x = r + o_t[:, None] * r_st + o_k[None, :]
+    b_r = tl.load(p_x, mask=m_tk, other=0.0)
+    # [BT, BK]
+    p_x = k + o_t[:, None] * k_st + o_k[None, :]
+    b_k = tl.load(p_x, mask=m_tk, other=0.0)
+    # [BT, BK]
+    p_x = w + o_t[:, None] * w_st + o_k[None, :]
+    b_w = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+    # [BT, BK]
+    p_x = a + o_t[:, None] * a_st + o_k[None, :]
+    b_a_ = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
+    # [BT, BK]
+    p_x = b + o_t[:, None] * b_st + o_k[None, :]
+    b_b_ = tl.load(p_x, mask=m_tk, other=0.0)
+
+    b_key = b_k
+    b_query = b_r
+    b_a = tl.where(m_tk, -b_a_, 0.0)
+    b_b = b_b_
+    # [BT, BK]
+    b_ld = tl.where(m_tk, tl.maximum(b_w, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
+    b_en = tl.sum(b_ld, 0)
     if DOT == tl.bfloat16:
+        # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
+        b_ck = sum_steps(o_i[None, :] < o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION) + b_ld
+        b_ck *= RCP_LN2
+    if DOT == tl.bfloat16:
+        b_eq = tl.exp2(b_ck)
+    else:
+        b_eq = tl.exp(sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+    if DOT == tl.bfloat16:
+        b_ea = tl.exp2(b_ck - b_ld * RCP_LN2)
+    else:
+        b_ea = tl.exp(sum_steps(o_i[None, :] < o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+    if DOT == tl.bfloat16:
+        b_ek = tl.exp2((b_en * RCP_LN2)[None, :] - b_ck)
+    else:
+        b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
+    if DOT == tl.bfloat16:
+        b_el = tl.exp2(tl.minimum(-b_ck, SPAN * RCP_LN2))
+    b_en = tl.exp(b_en)
+    m_below = o_i[None, :] < o_i[:, None]
+    # [BT, BK]: gradients by states, and what they say of the decay, by rows that read (b_xq, b_xa) and rows that write (b_xw)
+    b_dquery = b_dqr * b_eq
+    b_da = b_dar * b_ea
+    b_db = b_dbd * b_ek
+    b_dkey = b_dkd * b_ek
+    b_xw = b_b * b_db + b_key * b_dkey
+    b_dlog_decay = sum_steps(m_below, b_xw, 2, DOT, SUM_PRECISION) + (b_all * b_en)[None, :]
+    b_xq = b_query * b_dquery * scale
+    b_xa = b_a * b_da
+    if DOT == tl.bfloat16:
+        b_zq = (b_query * (b_eq * scale)).to(DOT)
+        b_za = (b_a * b_ea).to(DOT)
+        b_zb = (b_b * b_el).to(DOT)
+        b_zkey = (b_key * b_el).to(DOT)
         m_near = m_below
         if TREE:
             m_near = m_near & (m_far[:, None] == 0)
@@ -862,197 +917,81 @@ def rwkv7_bwd_kernel(
         b_pD = tl.where(m_near, b_dD, 0.0).to(DOT)
         b_pB = tl.where(m_near, b_dB, 0.0).to(DOT)
         b_pC = tl.where(m_near, b_dC, 0.0).to(DOT)
-        if TREE:
+        # both sides of a pair give the same rounded product, so that pairs on one side of a token cancel
+        b_or = tl.dot(b_pA, b_zb, input_precision=PRECISION)
+        b_or = tl.dot(b_pB, b_zkey, b_or, input_precision=PRECISION)
+        b_dquery += b_or * b_eq
+        b_xq += b_or * b_zq.to(tl.float32)
+        b_or = tl.dot(b_pD, b_zb, input_precision=PRECISION)
+        b_or = tl.dot(b_pC, b_zkey, b_or, input_precision=PRECISION)
+        b_da += b_or * b_ea
+        b_xa += b_or * b_za.to(tl.float32)
+        b_ol = tl.dot(tl.trans(b_pA), b_zq, input_precision=PRECISION)
+        b_ol = tl.dot(tl.trans(b_pD), b_za, b_ol, input_precision=PRECISION)
+        b_db += b_ol * b_el
+        b_xl = b_ol * b_zb.to(tl.float32)
+        b_ol = tl.dot(tl.trans(b_pB), b_zq, input_precision=PRECISION)
+        b_ol = tl.dot(tl.trans(b_pC), b_za, b_ol, input_precision=PRECISION)
+        b_dkey += b_ol * b_el
+        b_xl += b_ol * b_zkey.to(tl.float32)
+        # pairs of two rows after a step do not hold it, but are in both sums
+        b_xq -= b_xl
+    b_dlog_decay += sum_steps(o_i[None, :] > o_i[:, None], b_xq + b_xa, 2, DOT, SUM_PRECISION) + b_xq
+    # a query reads its own token too
+    b_d = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dA, 0.0), 1)[:, None]
+    b_dquery += b_d * b_b
+    b_db += b_d * b_query * scale
+    # a query reads its own token too
+    b_d = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dB, 0.0), 1)[:, None]
+    b_dquery += b_d * b_key
+    b_dkey += b_d * b_query * scale
+    if TREE:
+        if DOT == tl.bfloat16:
             b_dA = tl.where(m_far[:, None], b_dA, 0.0)
             b_dD = tl.where(m_far[:, None], b_dD, 0.0)
+        b_or, b_ol, b_sum = erase_apply(b_dA, b_query * scale, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_dquery += b_or
+        b_db += b_ol
+        b_dlog_decay += b_sum
+        b_or, b_ol, b_sum = erase_apply(b_dD, b_a, b_b, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_da += b_or
+        b_db += b_ol
+        b_dlog_decay += b_sum
+        if DOT == tl.bfloat16:
             b_dB = tl.where(m_far[:, None], b_dB, 0.0)
             b_dC = tl.where(m_far[:, None], b_dC, 0.0)
-    for i_k in range(tl.cdiv(K, BK)):
-        o_t = (o_i + (i_k & (N >> 30))).to(tl.int64)
-        o_row = i_row + o_t * H
-        o_k = i_k * BK + tl.arange(0, BK)
-        m_k = o_k < K
-        m_tk = m_t[:, None] & m_k[None, :]
-        # [BT, BK]
-        b_dbd = tl.zeros([BT, BK], dtype=tl.float32)
-        b_dkd = tl.zeros([BT, BK], dtype=tl.float32)
-        # [BK]: states times adjoints
-        b_all = tl.zeros([BK], dtype=tl.float32)
-        for i_v in range(tl.cdiv(V, BV)):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = o_v < V
-            m_tv = m_t[:, None] & m_v[None, :]
-            # [BT, BV]
-            p_w = o_row[:, None] * V + o_v[None, :]
-            b_hw = tl.load(hw + p_w, mask=m_tv, other=0.0)
-            # [BT, BV]
-            p_v = v + o_t[:, None] * v_st + o_v[None, :]
-            b_v = tl.load(p_v, mask=m_tv, other=0.0)
-            b_value = b_v
-            # [BK, BV]
-            p_h = i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :])
-            m_kv = m_k[:, None] & m_v[None, :]
-            b_h = tl.load(hs + p_h, mask=m_kv, other=0.0)
-            b_dh = tl.load(dhs + p_h, mask=m_kv, other=0.0)
-            b_dbd += tl.dot(b_hw, tl.trans(b_dh), input_precision=PRECISION)
-            b_dkd += tl.dot(b_value.to(DOT), tl.trans(b_dh), input_precision=PRECISION)
-            b_all += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
-        # [BT, BK]
-        p_x = w + o_t[:, None] * w_st + o_k[None, :]
-        b_w = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_w, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_en = tl.sum(b_ld, 0)
-        if DOT == tl.bfloat16:
-            # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
-            b_ck = sum_steps(o_i[None, :] < o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION) + b_ld
-            b_ck *= RCP_LN2
-        if DOT == tl.bfloat16:
-            b_ek = tl.exp2((b_en * RCP_LN2)[None, :] - b_ck)
-        else:
-            b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        # [BT, BK]
-        p_x = k + o_t[:, None] * k_st + o_k[None, :]
-        b_k = tl.load(p_x, mask=m_tk, other=0.0)
-        # [BT, BK]
-        p_x = b + o_t[:, None] * b_st + o_k[None, :]
-        b_b_ = tl.load(p_x, mask=m_tk, other=0.0)
-        b_key = b_k
-        b_b = b_b_
-        b_db = b_dbd * b_ek
-        b_x = b_b * b_db
-        b_dkey = b_dkd * b_ek
-        b_x += b_key * b_dkey
-        b_dlog_decay = sum_steps(m_below, b_x, 2, DOT, SUM_PRECISION) + (b_all * tl.exp(b_en))[None, :]
-        if DOT == tl.bfloat16:
-            b_el = tl.exp2(tl.minimum(-b_ck, SPAN * RCP_LN2))
-            b_zb = (b_b * b_el).to(DOT)
-            b_zkey = (b_key * b_el).to(DOT)
-        # [BT, BK]
-        p_x = a + o_t[:, None] * a_st + o_k[None, :]
-        b_a_ = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        b_a = tl.where(m_tk, -b_a_, 0.0)
-        if DOT == tl.bfloat16:
-            b_ea = tl.exp2(b_ck - b_ld * RCP_LN2)
-        else:
-            b_ea = tl.exp(sum_steps(o_i[None, :] < o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_za = (b_a * b_ea).to(DOT)
-        # [BT, BK]
-        b_dar = tl.zeros([BT, BK], dtype=tl.float32)
-        for i_v in range(tl.cdiv(V, BV)):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = o_v < V
-            m_tv = m_t[:, None] & m_v[None, :]
-            # [BT, BV]
-            p_w = o_row[:, None] * V + o_v[None, :]
-            b_dhw = tl.load(dhw + p_w, mask=m_tv, other=0.0)
-            # [BK, BV]
-            p_h = i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :])
-            m_kv = m_k[:, None] & m_v[None, :]
-            b_h = tl.load(hs + p_h, mask=m_kv, other=0.0)
-            b_dar -= tl.dot(b_dhw, tl.trans(b_h), input_precision=PRECISION)
-        if DOT == tl.bfloat16:
-            b_dar = tl.dot(b_pD, b_zb, b_dar, input_precision=PRECISION)
-            b_dar = tl.dot(b_pC, b_zkey, b_dar, input_precision=PRECISION)
-        b_x = b_dar * b_za.to(tl.float32)
-        b_da = b_dar * b_ea
-        if TREE:
-            b_or, b_ol, b_sum = erase_apply(b_dD, b_a, b_b, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-            b_da += b_or
-            b_db += b_ol
-            b_dlog_decay += b_sum
-            b_or, b_ol, b_sum = erase_apply(b_dC, b_a, b_key, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-            b_da += b_or
-            b_dkey += b_ol
-            b_dlog_decay += b_sum
-        # [BT, BK]
-        p_x = r + o_t[:, None] * r_st + o_k[None, :]
-        b_r = tl.load(p_x, mask=m_tk, other=0.0)
-        b_query = b_r
-        if DOT == tl.bfloat16:
-            b_eq = tl.exp2(b_ck)
-        else:
-            b_eq = tl.exp(sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_zq = (b_query * (b_eq * scale)).to(DOT)
-        # [BT, BK]
-        b_dqr = tl.zeros([BT, BK], dtype=tl.float32)
-        for i_v in range(tl.cdiv(V, BV)):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = o_v < V
-            m_tv = m_t[:, None] & m_v[None, :]
-            # [BT, BV]
-            p_do = do + o_t[:, None] * do_st + o_v[None, :]
-            b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
-            p_w = o_row[:, None] * V + o_v[None, :]
-            # [BK, BV]
-            p_h = i_ph * (K * V) + (o_k[:, None] * V + o_v[None, :])
-            m_kv = m_k[:, None] & m_v[None, :]
-            b_h = tl.load(hs + p_h, mask=m_kv, other=0.0)
-            b_dqr += tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
-        if DOT == tl.bfloat16:
-            b_dqr = tl.dot(b_pA, b_zb, b_dqr, input_precision=PRECISION)
-            b_dqr = tl.dot(b_pB, b_zkey, b_dqr, input_precision=PRECISION)
-        b_xq = b_dqr * b_zq.to(tl.float32)
-        b_dlog_decay += b_xq
-        b_x += b_xq
-        b_dquery = b_dqr * b_eq
-        b_dquery += b_wA[:, None] * b_b
-        b_db += (b_wA * scale)[:, None] * b_query
-        b_dquery += b_wB[:, None] * b_key
-        b_dkey += (b_wB * scale)[:, None] * b_query
-        if TREE:
-            b_or, b_ol, b_sum = erase_apply(b_dA, b_query * scale, b_b, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-            b_dquery += b_or
-            b_db += b_ol
-            b_dlog_decay += b_sum
-            b_or, b_ol, b_sum = erase_apply(b_dB, b_query * scale, b_key, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
-            b_dquery += b_or
-            b_dkey += b_ol
-            b_dlog_decay += b_sum
-        b_dquery *= scale
-        if dr is not None:
-            b_dr_ = b_dquery
-            p_dk = dr + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_dk, b_dr_.to(dr.dtype.element_ty), mask=m_tk)
-        if DOT == tl.bfloat16:
-            b_el = tl.exp2(tl.minimum(-b_ck, SPAN * RCP_LN2))
-            b_ol = tl.dot(tl.trans(b_pA), b_zq, input_precision=PRECISION)
-            b_ol = tl.dot(tl.trans(b_pD), b_za, b_ol, input_precision=PRECISION)
-            b_db += b_ol * b_el
-            b_xl = b_ol * b_zb.to(tl.float32)
-            b_ol = tl.dot(tl.trans(b_pB), b_zq, input_precision=PRECISION)
-            b_ol = tl.dot(tl.trans(b_pC), b_za, b_ol, input_precision=PRECISION)
-            b_dkey += b_ol * b_el
-            b_xl += b_ol * b_zkey.to(tl.float32)
-            # pairs of two rows after a step do not hold it, but are in both sums
-            b_x -= b_xl
-            b_dlog_decay -= b_xl
-        b_dlog_decay += sum_steps(o_i[None, :] > o_i[:, None], b_x, 2, DOT, SUM_PRECISION)
-        b_derase_a = b_da
-        b_derase_b = b_db
-        # again, rather than held on
-        # [BT, BK]
-        p_x = w + o_t[:, None] * w_st + o_k[None, :]
-        b_w = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
-        # [BT, BK]
-        b_ld = tl.where(m_tk, tl.maximum(b_w, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        if dk is not None:
-            b_dk_ = b_dkey
-            p_dk = dk + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_dk, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-        if dw is not None:
-            b_dw_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
-            p_dk = dw + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_dk, b_dw_.to(dw.dtype.element_ty), mask=m_tk)
-        if da is not None:
-            b_da_ = b_derase_a * (-1.0)
-            p_dk = da + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_dk, b_da_.to(da.dtype.element_ty), mask=m_tk)
-        if db is not None:
-            b_db_ = b_derase_b
-            p_dk = db + (o_row[:, None] * K + o_k[None, :])
-            tl.store(p_dk, b_db_.to(db.dtype.element_ty), mask=m_tk)
-    o_row = i_row + o_i.to(tl.int64) * H
+        b_or, b_ol, b_sum = erase_apply(b_dB, b_query * scale, b_key, b_ld, False, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_dquery += b_or
+        b_dkey += b_ol
+        b_dlog_decay += b_sum
+        b_or, b_ol, b_sum = erase_apply(b_dC, b_a, b_key, b_ld, True, BT, LEVELS, PARTS, DOT, PRECISION, SUM_PRECISION)
+        b_da += b_or
+        b_dkey += b_ol
+        b_dlog_decay += b_sum
+    b_dquery *= scale
+    b_derase_a = b_da
+    b_derase_b = b_db
+
+    if dr is not None:
+        b_dr_ = b_dquery
+        p_dk = dr + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_dr_.to(dr.dtype.element_ty), mask=m_tk)
+    if dk is not None:
+        b_dk_ = b_dkey
+        p_dk = dk + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
+    if dw is not None:
+        b_dw_ = tl.where(b_ld > DECAY_FLOOR, b_dlog_decay, 0.0)
+        p_dk = dw + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_dw_.to(dw.dtype.element_ty), mask=m_tk)
+    if da is not None:
+        b_da_ = b_derase_a * (-1.0)
+        p_dk = da + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_da_.to(da.dtype.element_ty), mask=m_tk)
+    if db is not None:
+        b_db_ = b_derase_b
+        p_dk = db + (o_row[:, None] * K + o_k[None, :])
+        tl.store(p_dk, b_db_.to(db.dtype.element_ty), mask=m_tk)
 
 
 # One token: reads the state, writes it back in place. A program owns a sequence, a head and NB blocks of V.
@@ -1237,9 +1176,7 @@ def intra(r, k, w, a, b, cu_seqlens, scale, s, shape, kept=None):
         kept["en"] = torch.empty(chunks, H, K, dtype=torch.float32, device=like.device)
         kept["far"] = torch.empty(B, T, H, dtype=torch.int8, device=like.device)
     made = {x: made for x, made in kept.items() if x != "far"}
-    # a backward keeps what normalised vectors get where rows were, but for the last
-    rows = torch.empty(4, B, T, H, K, dtype=common, device=like.device)
-    made |= {"rq": rows[0], "ra": rows[1], "rb": rows[2], "rk": rows[-1], }
+    made |= {x: torch.empty(B, T, H, K, dtype=common, device=like.device) for x in ("rq", "ra", "rb", "rk", )}
     by_key = dict(
         far=kept["far"],
         PAIRS=is_first,
@@ -1473,7 +1410,7 @@ def bwd(r, k, v, w, a, b, do, hc, kept, dht, cu_seqlens, scale, s, needs, initia
         V=V,
         F=F,
         BT=t.BT,
-        BK=s.intra.BV if s.DOT == tl.bfloat16 else s.BK,
+        BK=s.BK,
         BV=t.BV,
         LEVELS=t.BT.bit_length() - 1,
         PARTS=s.PARTS,
