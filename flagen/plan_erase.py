@@ -125,11 +125,6 @@ class ErasePlan:
         return unit is not None and [term.text for term in unit.terms] == [f"b_d{role}"]
 
     @property
-    def lean(self) -> bool:
-        """Whether query and key are inputs but for their norms, so that little is held while gradients are made."""
-        return self.only(self.late_unit("query"), "query") and self.only(self.late_unit("key"), "key")
-
-    @property
     def early_gradients(self) -> tuple[str, ...]:
         """The inputs whose gradients are whole once the query has its own."""
         unit = self.late_unit("query")

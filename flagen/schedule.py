@@ -194,10 +194,9 @@ def schedule(
         fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == whole == 128)
         # with a decay per key channel the key channels come in blocks
         warps = 4 if BK <= 128 or plan.decay == "key" else 8
-        # two programs a multiprocessor where nothing of the query is held beside the key's gradient
-        two = plan.lean and low and BK <= 128
-        stages = 2 if square and plan.delta and plan.decay != "key" else 1
-        intra, bwd_intra = Tile(BT, 64, warps, 1), Tile(BT, min(64, 8192 // BK), 4 if two else 8, stages)
+        # loads ahead pay where the rows of products have to be made and are loaded too
+        stages = 2 if square and plan.delta and plan.made_rows and plan.decay != "key" else 1
+        intra, bwd_intra = Tile(BT, 64, warps, 1), Tile(BT, min(64, 8192 // BK), 8, stages)
         if plan.decay == "key" and low:
             # four warps hold the rows of a chunk of 32 twice
             intra = Tile(BT, 32, 2, 1)

@@ -657,14 +657,8 @@ def delta_net_bwd_kernel(
     b_xa *= b_on
     b_dkey *= b_on[:, None]
     b_pD = (b_pD * b_on[:, None]).to(DOT)
-    if DOT == tl.bfloat16 and BK <= 128:
-        b_dkey = tl.dot(tl.trans(b_pA), b_rq, b_dkey, input_precision=PRECISION)
-    else:
-        b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pA), b_rq, input_precision=PRECISION))
-    if DOT == tl.bfloat16 and BK <= 128:
-        b_dkey = tl.dot(tl.trans(b_pD), b_rb, b_dkey, input_precision=PRECISION)
-    else:
-        b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pD), b_rb, input_precision=PRECISION))
+    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pA), b_rq, input_precision=PRECISION))
+    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pD), b_rb, input_precision=PRECISION))
     # gradients of b by the last state [BT, BK]
     b_dbd = tl.zeros([BT, BK], dtype=tl.float32)
     b_fb = tl.load(fs + (i_bh + i_t) * 4 + (o_i * 4 + 2), mask=m_t, other=0.0)

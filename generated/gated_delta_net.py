@@ -749,14 +749,8 @@ def gated_delta_net_bwd_kernel(
     b_xa *= b_on
     b_dkey *= b_on[:, None]
     b_pD = (b_pD * b_on[:, None]).to(DOT)
-    if DOT == tl.bfloat16 and BK <= 128:
-        b_dkey = tl.dot(tl.trans(b_pA), b_rq, b_dkey, input_precision=PRECISION)
-    else:
-        b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pA), b_rq, input_precision=PRECISION))
-    if DOT == tl.bfloat16 and BK <= 128:
-        b_dkey = tl.dot(tl.trans(b_pD), b_rb, b_dkey, input_precision=PRECISION)
-    else:
-        b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pD), b_rb, input_precision=PRECISION))
+    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pA), b_rq, input_precision=PRECISION))
+    b_dkey = plus(b_dkey, tl.dot(tl.trans(b_pD), b_rb, input_precision=PRECISION))
     b_xk = tl.sum(b_dkey * b_rb.to(tl.float32), 1) - b_xa
     # gradients of b by the last state [BT, BK]
     b_dbd = tl.zeros([BT, BK], dtype=tl.float32)
