@@ -41,6 +41,19 @@ def test_decays_from_zero_to_minus_infinity(decay, cut):
     assert not gradients[where][inputs[where] == -math.inf].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_factors_of_values_that_are_zero_or_tiny(dtype, monkeypatch):
+    """Their gradient is k . dk over the factor, and a key's gradient is zero where the factor is."""
+    bf16_interpreter.repair(monkeypatch)
+    spec = NAMED["mamba2"]
+    inputs = list(make(spec, 1, 70, 2, 16, 12))
+    where, key = spec.inputs.index(Input("dt", "b t h")), spec.inputs.index(k)
+    inputs[where][:, ::3] = 0.0
+    inputs[where][:, 1::9] = 1e-30
+    _, gradients = compare(spec, 1, 70, 2, 16, 12, inputs=tuple(inputs), dtype=dtype, gates=torch.float32)
+    assert gradients[where][:, ::3].all() and not gradients[key][:, ::3].any()
+
+
 @pytest.mark.parametrize("others", ["", "phase", "phase u"])
 def test_products_and_the_tree_in_bf16(others, monkeypatch):
     """Decays from zero to minus infinity after a chunk of mild ones, so that there are rows of both kinds."""
