@@ -214,7 +214,7 @@ class Plan(ErasePlan):
     summed, telescopes = property(plan_rows.summed), property(plan_rows.telescopes)
     sum_column, keeps, places = (property(x) for x in (plan_rows.sum_column, plan_rows.keeps, plan_rows.places))
     early_factor, decay_tensors = property(plan_rows.early_factor), property(plan_rows.decay_tensors)
-    gate_tensors = property(plan_rows.gate_tensors)
+    gate_tensors, intra_gradients = property(plan_rows.gate_tensors), property(plan_rows.intra_gradients)
     decay_text, shared, shared_by = property(decay_text), cached_property(shared), shared_by
     kept = cached_property(kept)
     kept_forward = cached_property(lambda self: kept(self, "query", "update", "decay"))

@@ -62,12 +62,12 @@ def _backward(plan: Plan) -> tuple[Kernel, ...]:
         ("dq", "forward", ("query", "bonus")), ("dk", "backward", ("key",)), ("dv", "backward", ("value",)),
         ("dg", "either", ("log_decay", "gate", "factor")),
     )  # fmt: skip
+    gates = tuple(x.name for x in plan.gate_tensors)
     found = []
     for kernel, direction, roles in sweeps:
         writes = tuple(f"d{x.name}" for x in plan.gradients_of(*roles))
         if not writes:
             continue
-        gates = tuple(x.name for x in plan.gate_tensors)
         reads = gates if kernel == "dg" else (*names, "do", *state)
         when = f"a gradient of what {' or '.join(roles)} uses is asked for"
         found.append(Kernel(name=f"{plan.name}_{kernel}_kernel", direction=direction, reads=reads, writes=writes,
@@ -144,7 +144,7 @@ def _by_key_forward(plan: Plan) -> tuple[Kernel, ...]:
 def _by_key_backward(plan: Plan) -> tuple[Kernel, ...]:
     state = _state(plan)
     values = tuple(x.name for x in plan.value_tensors if not x.is_constant)
-    keyed = plan.gradients_of("query", "key", "log_decay", "phase", "bonus")
+    keyed = plan.intra_gradients
     return (
         Kernel(name=f"{plan.name}_dq_kernel", direction="forward", reads=("kd", "gn", *values, "do", *state),
                writes=("dqd",), when="a gradient of what query or decay use is asked for"),

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .plan_parts import Gradient, Role, TensorArg
 
-INTRA_ROLES = "query", "key", "log_decay", "phase", "bonus"  # of a decay per key channel: all but the value
-
 
 def split_rows(expr: Expr, channel: str) -> tuple[Expr | None, Expr]:
     """expr as a product of what is one number a row, or None, and the rest, which has the channel axis."""
@@ -55,13 +53,18 @@ def keeps(plan: Plan) -> int:
     return 2 if len(rows) == 3 and all(places(plan)) and not summed(plan) else 0
 
 
+def intra_gradients(plan: Plan) -> tuple[Gradient, ...]:
+    """Those that with a decay per key channel are made inside chunks: all but what only values give."""
+    return plan.gradients_of("query", "key", "log_decay", "phase", "bonus")
+
+
 def places(plan: Plan) -> tuple[str, str]:
     """For the query and the key the input in whose gradient's tensor what has the shape of the role may lie before, or
     nothing: kernels write that gradient where they have read the role's. Not the same one for both."""
     found: list[str] = []
     for name in ("query", "key"):
         role = plan.query if name == "query" else plan.key
-        fit = [x.name for x in plan.gradients_of(*INTRA_ROLES) if _fits(plan, x, name, role) and x.name not in found]
+        fit = [x.name for x in intra_gradients(plan) if _fits(plan, x, name, role) and x.name not in found]
         found.append(fit[0] if fit and not plan.complex else "")
     return found[0], found[1]
 

@@ -510,7 +510,7 @@ def mamba2_bwd_state_kernel(
 # their differences, and is so that of a recurrence with slightly other weights of rows; what two sides round apart would add up.
 #
 # Of what queries use, forward in time: a program owns a piece, a head and a block of K, and carries those rows of the state from the
-# checkpoint hc at its start; qdq: q . dq [parts, B, T, H], for the decay.
+# checkpoint hc at its start; qdq: q . dq [parts, B, H, T], for the decay.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
 def mamba2_dq_kernel(
     q,
@@ -680,7 +680,7 @@ def mamba2_dq_kernel(
 
 
 # Of what keys use, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
-# dhp: adjoints at the ends of the pieces; kdk: k . dk [parts, B, T, H]; hdh: the product of state and adjoint at each checkpoint, in parts.
+# dhp: adjoints at the ends of the pieces; kdk: k . dk [parts, B, H, T]; hdh: the product of state and adjoint at each checkpoint, in parts.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC"])
 def mamba2_dk_kernel(
     q,
