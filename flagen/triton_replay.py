@@ -3,8 +3,9 @@
 A launcher of a generated module works out strides, sizes and constants, allocates, and hands some sixty arguments to
 each kernel, which Triton then binds, specialises and looks up. All of it follows from the form of the call: shapes,
 strides, dtypes and alignment of its tensors, and numbers. So the second call of a form is recorded (`triton_record`).
-From then on (`Program`) such calls allocate what is returned and one workspace for the rest, put addresses into the
-recorded arguments, and launch the compiled kernels directly.
+From then on (`Program`) such calls allocate what is returned and one workspace for the rest, in which later values lie
+where earlier ones were (`placements`), put addresses into the recorded arguments, and launch the compiled kernels
+directly.
 
 Where Triton has hooks, and under its interpreter, launchers run as they are; so do those that do what cannot be
 recorded, such as waiting for a value.
@@ -120,7 +121,6 @@ class Program:
     def __init__(self, recording: Recording, ends: Sequence[Value | None], needed: set[int]) -> None:
         self.device = recording.device
         self.index = self.device.index
-        self.workspace = 0  # bytes
         self.count = 0  # slots: of tensors, and of the addresses that they begin at
         self.inputs = []  # (position, slot)
         self.held: list[Tensor] = []
@@ -129,18 +129,13 @@ class Program:
             if value is not None and value.slot < 0:
                 self.inputs.append((at, self._slot(value)))
         self.constants = [(self._slot(one), one.tensor) for one in recording.values.values() if one.kind == "constant"]
-        placed: dict[int, int] = {}  # offsets of what lies in the workspace, by id of value
+        placed, self.workspace = placements(recording.steps, needed)
         for kind, *rest in recording.steps:
             if kind == "launch":
                 self._launch(placed, *rest)
             elif kind in ("fork", "join"):
                 self.actions.append((kind,))
-            elif kind == "empty" and id(rest[0]) not in needed:
-                x = rest[0].tensor
-                placed[id(rest[0])] = self.workspace
-                bytes_ = x.untyped_storage().nbytes()
-                self.workspace += -(-bytes_ // ALIGNMENT) * ALIGNMENT
-            elif kind == "empty":
+            elif kind == "empty" and id(rest[0]) in needed:
                 x = rest[0].tensor
                 made = (tuple(x.shape), tuple(x.stride()), x.dtype)
                 self.actions.append(("empty", self._slot(rest[0]), *made))
@@ -231,6 +226,36 @@ class Program:
                     values[slot] = x
                     starts[slot] = x.data_ptr()
         return [None if slot is None else values[slot] for slot in self.ends]
+
+
+def placements(steps: Sequence[tuple[Any, ...]], needed: set[int]) -> tuple[dict[int, int], int]:
+    """Where in one workspace that lies of which the address is enough, by id of value, and the bytes of it all.
+
+    A value is there from the first launch that is given it to the last. Launches on one stream follow each other; all
+    between fork and join count as one. Values that are there at the same time share no bytes: the largest is placed
+    first, each as low as it fits.
+    """
+    lives: dict[int, tuple[int, int, int]] = {}  # bytes, first and last time
+    now, beside = 0, False
+    for kind, *rest in steps:
+        if kind in ("fork", "join"):
+            beside = kind == "fork"
+            now += 1
+        elif kind == "launch":
+            now += not beside
+            for root in (one.root for one in rest[2] if isinstance(one, Value)):
+                if root.kind == "empty" and id(root) not in needed:
+                    size = -(-root.tensor.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
+                    lives[id(root)] = size, lives.get(id(root), (size, now))[1], now
+    placed: dict[int, int] = {}
+    for one, (size, first, last) in sorted(lives.items(), key=lambda item: -item[1][0]):
+        begin = 0
+        for other in sorted(placed, key=placed.__getitem__):
+            bytes_, since, until = lives[other]
+            if first <= until and since <= last and begin + size > placed[other]:
+                begin = max(begin, placed[other] + bytes_)
+        placed[one] = begin
+    return placed, max((begin + lives[one][0] for one, begin in placed.items()), default=0)
 
 
 def forked(device: torch.device) -> tuple[torch.cuda.Stream, ...]:

@@ -4,8 +4,8 @@ There is no GPU here: kernels are compiled, and what a launch was given is noted
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import gc
 import threading
 import weakref
@@ -16,74 +16,13 @@ import fake_driver
 import pytest
 import torch
 import triton
-from fake_driver import fake_gpu
+from fake_driver import Calls, fake_gpu, stream_beside
 
-from flagen import specs, triton_ahead, triton_replay
-from flagen.analysis import analyse
-from flagen.bench import make_inputs
-from flagen.checks import Checks
-from flagen.compiler import prepare
-from flagen.load import load
-from flagen.samples import make_scalars
-from flagen.schedule import Shape
-from flagen.torch_taylor import count
-from flagen.triton_backend import TritonBackend
+from flagen import triton_ahead, triton_replay
 from flagen.triton_replay import SEEN, UNFIT, Program, Replay
 
 pytestmark = pytest.mark.skipif(not isinstance(triton.language.cdiv, triton.JITFunction), reason="interpreted")
 NAMES = ("retnet", "mamba2", "linear", "gla", "mlstm")
-SIZES = Shape.dense(1, 600, 2, 16, 16)  # cut in pieces
-
-
-class Calls:
-    """Forward and backward of a spec on a GPU that is not there."""
-
-    def __init__(self, name: str) -> None:
-        spec = specs.get(name)
-        plan, entry = prepare(spec)
-        self.spec, self.plan, self.backend = spec, plan, TritonBackend(plan, load(entry), 16)
-        scalars = make_scalars(spec)
-        self.inputs = tuple(x.detach() for x in make_inputs(spec, SIZES, torch.bfloat16, "cpu", scalars))
-        values = Checks(analyse(spec)).constants([scalars[one.name] for one in spec.scalars], SIZES.H)
-        self.constants = tuple(torch.tensor(value, dtype=torch.float32) for value in values)
-
-    def states(self, N: int) -> tuple[torch.Tensor, ...]:
-        F = count(SIZES.K, self.plan.taylor) if self.plan.taylor else SIZES.K
-        dtype = torch.complex64 if self.plan.complex else torch.float32
-        state = torch.zeros(N, SIZES.H, F, SIZES.V, dtype=dtype)
-        sums = (torch.zeros(N, SIZES.H, F),) if self.plan.normalized else ()
-        return state, *sums, *((torch.zeros(N, SIZES.H),) if self.plan.stabilized else ())
-
-    def forward(self, memory, inputs, initial=(), cu_seqlens=None):
-        """What was launched, what it made of the results, and the results."""
-        memory.launches.clear()
-        memory.define((*inputs, *self.constants, *initial, cu_seqlens))
-        found = self.backend.forward(inputs, self.constants, 0.5, initial, cu_seqlens, bool(initial), True)
-        results = (found.o, *found.final, *found.saved)
-        return [one[:4] for one in memory.launches], [memory.at.get(x.data_ptr()) for x in results], found
-
-    def backward(self, memory, inputs, found, initial=(), cu_seqlens=None):
-        memory.launches.clear()
-        do = torch.ones_like(found.o)
-        ends = tuple(torch.ones_like(x) for x in initial[:2]) or (None,) * (1 + self.plan.normalized)
-        memory.define((do, *ends, found.o, *found.saved, *inputs, *self.constants, cu_seqlens))
-        grads, d_initial = self.backend.backward(
-            do, ends, found.o, found.saved, inputs, self.constants, 0.5, initial, cu_seqlens,
-            (True,) * len(inputs), bool(initial),
-        )  # fmt: skip
-        results = (*grads, *d_initial)
-        assert all(x is not None for x in results)
-        shapes = [(x.shape, x.stride(), x.dtype) for x in results]
-        return [one[:4] for one in memory.launches], [memory.at.get(x.data_ptr()) for x in results], shapes
-
-    def without_torch(self, values: list) -> list:
-        """The values of results that the last record has from kernels, not from operators of torch."""
-        program = self.programs()[-1]
-        torchs = {one[1] for one in program.actions if one[0] == "torch" and "zeros" not in str(one[2])}
-        return [None if slot in torchs else value for value, slot in zip(values, program.ends, strict=True)]
-
-    def programs(self) -> list[Program]:
-        return [one for one in self.backend._replay._forms.values() if isinstance(one, Program)]
 
 
 def module_of() -> ModuleType:
@@ -152,7 +91,8 @@ def test_a_record_does_what_the_launcher_does(name, packed, memory):
     calls = Calls(name)
     bounds = torch.tensor([0, 100, 600], dtype=torch.int32) if packed else None
     for initial in ((), calls.states(2 if packed else 1)):
-        first, recorded, again = (calls.forward(memory, calls.inputs, initial, bounds) for _ in range(3))
+        forward = functools.partial(calls.forward, memory, calls.inputs, initial, bounds)
+        (first, recorded, again), _ = calls.thrice(memory, forward)
         assert first[:2] == recorded[:2] == again[:2]
         assert len(first[0]) > 1 and None not in first[1]
         for x, y in zip((first[2].o, *first[2].final, *first[2].saved),
@@ -160,57 +100,27 @@ def test_a_record_does_what_the_launcher_does(name, packed, memory):
             assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
             assert x.data_ptr() != y.data_ptr()
         given = first[2]
-        first, recorded, again = (calls.backward(memory, calls.inputs, given, initial, bounds) for _ in range(3))
+        backward = functools.partial(calls.backward, memory, calls.inputs, given, initial, bounds)
+        (first, recorded, again), _ = calls.thrice(memory, backward)
         assert first[::2] == recorded[::2] == again[::2]
         assert calls.without_torch(first[1]) == calls.without_torch(recorded[1]) == calls.without_torch(again[1])
         assert sum(one is not None for one in calls.without_torch(again[1])) > 1
     assert len(calls.programs()) == 4
 
 
-class Stream:
-    """A stream of the GPU that is not there, which notes among the launches what it waits for."""
-
-    memory = None
-    count = 0
-
-    def __init__(self, device=None, handle=None):
-        Stream.count += 1
-        self.cuda_stream, self.device = handle or 1000 + Stream.count, device
-
-    def wait_stream(self, other):
-        self.memory.launches.append(("wait", self.cuda_stream, other.cuda_stream))
-
-
 def test_streams_beside_the_current_one_are_so_in_a_record(memory, monkeypatch):
     calls = Calls("mamba2")
+    stream_beside(calls, memory, monkeypatch)
     decided = calls.backend.schedule
-    monkeypatch.setattr(
-        calls.backend, "schedule", lambda *given: dataclasses.replace(decided(*given), beside=True, bwd_L=0)
-    )
-    monkeypatch.setattr(Stream, "memory", memory)
-
-    @contextlib.contextmanager
-    def on(stream):
-        before, memory.stream = memory.stream, stream.cuda_stream if stream else memory.stream
-        yield
-        memory.stream = before
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, memory.stream))
-    fork = calls.backend._replay.launchers.bwd.__globals__["fork"]
-    # tensors on the CPU have no streams
-    monkeypatch.setattr(
-        fork, "function", lambda like, wanted: triton_replay.forked(like.device) if wanted else (None, None)
-    )
+    monkeypatch.setattr(calls.backend, "schedule", lambda *given: dataclasses.replace(decided(*given), bwd_L=0))
     given = calls.forward(memory, calls.inputs)[2]
-    seen = []
+    seen, backward = [], functools.partial(calls.backward, memory, calls.inputs, given)
     for _ in range(3):
-        calls.backward(memory, calls.inputs, given)
+        backward()
         named = {fake_driver.STREAM: "main"}
         steps = []
         for kernel, *rest in memory.launches:
-            streams = rest if kernel == "wait" else rest[-1:]
+            streams = rest if kernel == "wait" else rest[4:5]
             for one in streams:
                 named.setdefault(one, f"side {len(named)}")
             steps.append(
