@@ -191,7 +191,11 @@ def schedule(
             fwd, intra = tile(64, half, BF * half * parts, 2), Tile(64, 16, 2, 1)
             bwd = tile(BT, half, BF * half * parts, 3)
     if plan.erase:
-        fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == whole == 128)
+        serial = fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == whole == 128)
+        if fwd.num_stages == 3 and 2 * programs <= device.multiprocessors:
+            # half a state takes little more than half the time, and each half has a multiprocessor of its own
+            fwd = Tile(BT, BV // 2, 4, 3)
+            bwd = fwd if plan.erase_factors else bwd
         # with a decay per key channel the key channels come in blocks
         warps = 4 if BK <= 128 or plan.decay == "key" else 8
         # loads ahead pay where the rows of products have to be made and are loaded too
@@ -202,7 +206,7 @@ def schedule(
             intra = Tile(BT, 32, 2, 1)
     rows = turned_tile(BT, BK, whole, bwd.num_stages) if plan.turned else sweep_tile(BT, BK, whole, low)
     if plan.erase:
-        rows = fwd if fwd.num_stages == 3 else Tile(fwd.BT, fwd.BV, fwd.num_warps, 1)
+        rows = serial if serial.num_stages == 3 else Tile(BT, serial.BV, serial.num_warps, 1)
     # a program has a tile of features, and three fit a multiprocessor
     states = -(-programs * -(-rows_of_state(plan, shape.K) // BF) // 3) if plan.tiled else programs
     fwd_L = piece(shape, states * -(-shape.V // fwd.BV), device, LC)

@@ -60,20 +60,62 @@ def columns(b_x, BT: tl.constexpr):
 
 
 @triton.jit
+def join_blocks(b_M, b_A, o_i, i, PRECISION: tl.constexpr):
+    """Inverses of blocks of 2 ** (i + 1) rows from those of 2 ** i: that of [[X, 0], [A, Y]] has -Y^-1 A X^-1 in the corner."""
+    # the first bit in which two rows differ is i
+    m_pair = ((o_i[:, None] ^ o_i[None, :]) & -(1 << i)) == (1 << i)
+    b_corner = tl.dot(b_M, tl.where(m_pair, b_A, 0.0), input_precision=PRECISION)
+    return b_M - tl.dot(b_corner, b_M, input_precision=PRECISION)
+
+
+@triton.jit
+def block_inverses(b_A, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """The inverses of the blocks of 32 rows on the diagonal of 1 + b_A, [BT, BT], from those of 16.
+
+    Of what is multiplied at these levels the whole matrix has zeros nearly everywhere, and a program of four warps has
+    a block of 16 rows for each of them, which waits for no other.
+    """
+    NB: tl.constexpr = BT // 16
+    o_b = tl.arange(0, NB)
+    o_i = tl.arange(0, 16)
+    m_own = (o_b[:, None] == o_b[None, :])[:, :, None, None]
+    m_next = ((o_b[:, None] ^ 1) == o_b[None, :])[:, :, None, None]
+    m_left = m_next & ((o_b & 1) == 1)[:, None, None, None]
+    # [NB, NB, 16, 16]
+    b_B = tl.trans(tl.reshape(b_A, [NB, 16, NB, 16]), 0, 2, 1, 3)
+    # [NB, 16, 16]
+    b_D = tl.sum(tl.where(m_own, b_B, 0.0), 1)
+    m_pair = ((o_i[:, None] >> 1) == (o_i[None, :] >> 1))[None, :, :]
+    b_X = tl.where((o_i[:, None] == o_i[None, :])[None, :, :], 1.0, tl.where(m_pair, -b_D, 0.0))
+    for i in tl.static_range(1, 4):
+        m_pair = (((o_i[:, None] ^ o_i[None, :]) & -(1 << i)) == (1 << i))[None, :, :]
+        b_corner = tl.dot(b_X, tl.where(m_pair, b_D, 0.0), input_precision=PRECISION)
+        b_X -= tl.dot(b_corner, b_X, input_precision=PRECISION)
+    # the corners of blocks of 32, at their lower halves
+    b_Y = tl.sum(tl.where(m_next, b_X[None, :, :, :], 0.0), 1)
+    b_corner = tl.dot(b_X, tl.sum(tl.where(m_left, b_B, 0.0), 1), input_precision=PRECISION)
+    b_corner = tl.dot(b_corner, b_Y, input_precision=PRECISION)
+    b_B = tl.where(m_own, b_X[:, None, :, :], tl.where(m_left, -b_corner[:, None, :, :], 0.0))
+    return tl.reshape(tl.trans(b_B, 0, 2, 1, 3), [BT, BT])
+
+
+@triton.jit
 def unit_inverse(b_A, BT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(1 + b_A)^-1 for b_A [BT, BT] with zeros on and above the diagonal, in fp32. Inverses of blocks of 1, 2, 4, .. rows are put
-    together: that of [[X, 0], [A, Y]] has -Y^-1 A X^-1 in the corner. No power of b_A is ever formed.
+    """(1 + b_A)^-1 for b_A [BT, BT] with zeros on and above the diagonal, in fp32: inverses of blocks of 1, 2, 4, .. rows
+    are put together. No power of b_A is ever formed.
     """
     o_i = tl.arange(0, BT)
     m_pair = ((o_i[:, None] >> 1) == (o_i[None, :] >> 1)) & (o_i[:, None] > o_i[None, :])
     b_M = tl.where(o_i[:, None] == o_i[None, :], 1.0, tl.where(m_pair, -b_A, 0.0))
     # also where it is not a number above the diagonal
     b_A = tl.where(o_i[:, None] > o_i[None, :], b_A, 0.0)
-    for i in range(1, LEVELS):
-        # the first bit in which two rows differ is i
-        m_pair = ((o_i[:, None] ^ o_i[None, :]) & -(1 << i)) == (1 << i)
-        b_corner = tl.dot(b_M, tl.where(m_pair, b_A, 0.0), input_precision=PRECISION)
-        b_M -= tl.dot(b_corner, b_M, input_precision=PRECISION)
+    if BT >= 64:
+        b_M = block_inverses(b_A, BT, PRECISION)
+        for i in tl.static_range(5, LEVELS):
+            b_M = join_blocks(b_M, b_A, o_i, i, PRECISION)
+    else:
+        for i in range(1, LEVELS):
+            b_M = join_blocks(b_M, b_A, o_i, i, PRECISION)
     return b_M
 
 
