@@ -12,6 +12,8 @@ SPAN = tl.constexpr(60.0)
 RCP_LN2 = tl.constexpr(1.4426950408889634)
 TWO_PI = tl.constexpr(6.283185307179586)
 RCP_TWO_PI = tl.constexpr(0.15915494309189535)
+# added to a number of less than 2^22 it rounds that to whole numbers
+WHOLE = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -50,19 +52,26 @@ def plus(b_x, b_y):
 
 
 @triton.jit
+def nearest(b_x):
+    """b_x rounded to whole numbers, by a sum that has no bits for others: without a conversion, of which a multiprocessor does few at a time."""
+    return b_x + WHOLE - WHOLE
+
+
+@triton.jit
 def turn(b_x):
     """Cosines and sines of angles of no more than some hundred, to fp32's accuracy: tl.cos and tl.sin hold registers for larger ones."""
-    b_q = tl.floor(b_x * (4.0 * RCP_TWO_PI) + 0.5)
-    # a quarter turn in three parts, of which the first two have few bits
-    b_r = ((b_x - b_q * 1.5703125) - b_q * 4.8351287841796875e-4) - b_q * 3.139164785892490e-7
+    b_n = b_x * (2.0 * RCP_TWO_PI) + WHOLE
+    # that sum's last bit is the number's
+    i_n = b_n.to(tl.int32, bitcast=True) << 31
+    b_n -= WHOLE
+    # half a turn in two parts, of which the first has few bits
+    b_r = (b_x - b_n * 3.140625) - b_n * 9.67653589793e-4
     b_w = b_r * b_r
-    b_s = b_r + b_r * b_w * (-1.0 / 6 + b_w * (1.0 / 120 + b_w * (-1.0 / 5040 + b_w * (1.0 / 362880))))
-    b_c = 1.0 + b_w * (-0.5 + b_w * (1.0 / 24 + b_w * (-1.0 / 720 + b_w * (1.0 / 40320))))
-    i_q = b_q.to(tl.int32)
-    m_odd = (i_q & 1) == 1
-    b_cos = tl.where(m_odd, b_s, b_c)
-    b_sin = tl.where(m_odd, b_c, b_s)
-    return tl.where(((i_q + 1) & 2) == 2, -b_cos, b_cos), tl.where((i_q & 2) == 2, -b_sin, b_sin)
+    b_s = b_r + b_r * b_w * (-0.166666571 + b_w * (0.0083330172 + b_w * (-0.000198066084 + b_w * 2.60003957e-06)))
+    b_c = 1.0 + b_w * (-0.499999323 + b_w * (0.0416639887 + b_w * (-0.00138559207 + b_w * 2.31942303e-05)))
+    # odd half turns change both signs
+    b_c = (b_c.to(tl.int32, bitcast=True) ^ i_n).to(tl.float32, bitcast=True)
+    return b_c, (b_s.to(tl.int32, bitcast=True) ^ i_n).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -72,13 +81,13 @@ def sum_steps(m_steps, b_x, PARTS: tl.constexpr, DOT: tl.constexpr, SUM_PRECISIO
     """
     if DOT == tl.bfloat16:
         b_m = m_steps.to(tl.float32).to(tl.bfloat16)
-        b_part = b_x.to(tl.bfloat16)
-        b_sum = tl.dot(b_m, b_part)
+        # all parts but the last are cut off, not rounded: fewer instructions, and half as good
+        b_sum = tl.zeros_like(b_x)
         for _ in tl.static_range(PARTS - 1):
-            b_x = b_x - b_part.to(tl.float32)
-            b_part = b_x.to(tl.bfloat16)
-            b_sum = tl.dot(b_m, b_part, b_sum)
-        return b_sum
+            b_part = (b_x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+            b_sum = tl.dot(b_m, b_part.to(tl.bfloat16), b_sum)
+            b_x -= b_part
+        return tl.dot(b_m, b_x.to(tl.bfloat16), b_sum)
     return tl.dot(m_steps.to(tl.float32), b_x, input_precision=SUM_PRECISION)
 
 
@@ -275,7 +284,6 @@ def gateloop_prepare_kernel(
     g += (i_h // G_g) * g_sh
     theta += i_b * theta_sb
     theta += (i_h // G_theta) * theta_sh
-    m_below = o_i[None, :] < o_i[:, None]
     # [BT, BT]
     b_A = tl.zeros([BT, BT], dtype=tl.float32)
     # [BT]
@@ -301,54 +309,58 @@ def gateloop_prepare_kernel(
         b_query = b_q
         # [BT, BK]
         b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_gn = tl.sum(b_ld, 0)
+        # [BT, BK]
+        b_turn = tl.where(m_tk, b_theta, 0.0)
+        b_turn -= TWO_PI * nearest(b_turn * RCP_TWO_PI)
+        b_tn = tl.sum(b_turn, 0)
+        b_tn -= TWO_PI * nearest(b_tn * RCP_TWO_PI)
+
+        # two parts are good to 2^-16 of a step's angle, which is half a turn at most
+        b_cl, b_sl = turn(sum_steps(o_i[None, :] <= o_i[:, None], b_turn, 2, DOT, SUM_PRECISION))
+        b_cr = b_cl
+        b_sr = b_sl
+        # with a phase b_cq and b_ck are log2 of decays, and b_gn comes from the last of them
         if DOT == tl.bfloat16:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
             b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+            b_gn = tl.sum(tl.where(o_i[:, None] == BT - 1, b_cq, 0.0), 0)
+            b_cq *= RCP_LN2
             b_ck = b_cq
-            b_ek = tl.exp2((b_gn[None, :] - b_ck) * RCP_LN2)
+            b_ek = tl.exp2((b_gn * RCP_LN2)[None, :] - b_ck)
         else:
-            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
+            b_gn = tl.sum(b_ld, 0)
+            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION) * RCP_LN2
             b_ck = b_cq
             b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_eq = tl.exp2(b_cq * RCP_LN2)
-        # [BT, BK]
-        b_turn = tl.where(m_tk, b_theta, 0.0)
-        b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
-        b_tn = tl.sum(b_turn, 0)
-        b_tn -= TWO_PI * tl.floor(b_tn * RCP_TWO_PI + 0.5)
-        b_aq = sum_steps(m_below, b_turn, 3, DOT, SUM_PRECISION)
-        b_cl, b_sl = turn(b_aq + b_turn)
-        b_cr = b_cl
-        b_sr = b_sl
-        b_cn, b_sn = turn(b_tn)
-        b_ce = b_cl * b_cn[None, :] + b_sl * b_sn[None, :]
-        b_se = b_cl * b_sn[None, :] - b_sl * b_cn[None, :]
+        b_eq = tl.exp2(b_cq)
         b_zr = b_query * (b_eq * scale)
         b_qd = (b_zr * b_cr).to(DOT)
         b_qdi = (b_zr * -b_sr).to(DOT)
-        b_zl = b_key * b_ek
-        b_kd = b_zl * b_ce
-        b_kdi = b_zl * b_se
         p_d = qd + (o_row[:, None] * (2 * K) + o_k[None, :])
         tl.store(p_d, b_qd.to(qd.dtype.element_ty), mask=m_tk)
         tl.store(p_d + K, b_qdi.to(qd.dtype.element_ty), mask=m_tk)
+        if DOT == tl.bfloat16:
+            b_c = tl.minimum(b_c, tl.min(b_cq, 1), propagate_nan=tl.PropagateNan.ALL)
+            b_zl = b_key * tl.exp2(tl.minimum(-b_ck, SPAN * RCP_LN2))
+            b_A = tl.dot(b_qd, tl.trans((b_zl * b_cl).to(DOT)), b_A, input_precision=PRECISION)
+            b_A = tl.dot(b_qdi, tl.trans((b_zl * -b_sl).to(DOT)), b_A, input_precision=PRECISION)
+            b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
+        b_cn, b_sn = turn(b_tn)
+        b_ce = b_cl * b_cn[None, :] + b_sl * b_sn[None, :]
+        b_se = b_cl * b_sn[None, :] - b_sl * b_cn[None, :]
+        b_zl = b_key * b_ek
+        b_kd = b_zl * b_ce
+        b_kdi = b_zl * b_se
         p_d = kd + (o_row[:, None] * (2 * K) + o_k[None, :])
         tl.store(p_d, b_kd.to(kd.dtype.element_ty), mask=m_tk)
         tl.store(p_d + K, b_kdi.to(kd.dtype.element_ty), mask=m_tk)
         tl.store(gn + i_ph * (2 * K) + o_k, b_gn, mask=m_k)
         tl.store(gn + i_ph * (2 * K) + K + o_k, b_tn, mask=m_k)
-        if DOT == tl.bfloat16:
-            b_c = tl.minimum(b_c, tl.min(b_cq, 1), propagate_nan=tl.PropagateNan.ALL)
-            b_zl = b_key * tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)
-            b_A = tl.dot(b_qd, tl.trans((b_zl * b_cl).to(DOT)), b_A, input_precision=PRECISION)
-            b_A = tl.dot(b_qdi, tl.trans((b_zl * -b_sl).to(DOT)), b_A, input_precision=PRECISION)
-            b_d += tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
     if DOT == tl.bfloat16:
         b_A = tl.where(o_i[:, None] > o_i[None, :], b_A, 0.0)
         b_A = tl.where(o_i[:, None] == o_i[None, :], b_d[:, None], b_A)
         tl.store(A + o_row[:, None] * BT + o_i[None, :], b_A.to(A.dtype.element_ty), mask=m_t[:, None])
-        m_near = b_c > -SPAN
+        m_near = b_c > -SPAN * RCP_LN2
     else:
         m_near = b_c < 0
     tl.store(far + o_row, tl.where(m_near, 0, 1).to(tl.int8), mask=m_t)
@@ -422,7 +434,6 @@ def gateloop_pairs_kernel(
     g += (i_h // G_g) * g_sh
     theta += i_b * theta_sb
     theta += (i_h // G_theta) * theta_sh
-    m_below = o_i[None, :] < o_i[:, None]
     b_A = tl.zeros([BT, BT], dtype=tl.float32)
     b_d = tl.zeros([BT], dtype=tl.float32)
     for i_k in range(tl.cdiv(K, BK)):
@@ -447,11 +458,12 @@ def gateloop_pairs_kernel(
         b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
         # [BT, BK]
         b_turn = tl.where(m_tk, b_theta, 0.0)
-        b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
+        b_turn -= TWO_PI * nearest(b_turn * RCP_TWO_PI)
         b_tn = tl.sum(b_turn, 0)
-        b_tn -= TWO_PI * tl.floor(b_tn * RCP_TWO_PI + 0.5)
-        b_aq = sum_steps(m_below, b_turn, 3, DOT, SUM_PRECISION)
-        b_cl, b_sl = turn(b_aq + b_turn)
+        b_tn -= TWO_PI * nearest(b_tn * RCP_TWO_PI)
+
+        # two parts are good to 2^-16 of a step's angle, which is half a turn at most
+        b_cl, b_sl = turn(sum_steps(o_i[None, :] <= o_i[:, None], b_turn, 2, DOT, SUM_PRECISION))
         b_cr = b_cl
         b_sr = b_sl
         b_zr = b_query * scale
@@ -550,7 +562,6 @@ def gateloop_bwd_intra_kernel(
         else:
             if n_far > 0:
                 return
-    m_below = o_i[None, :] < o_i[:, None]
     o_k = i_k * BK + tl.arange(0, BK)
     m_k = o_k < K
     q += i_b * q_sb
@@ -612,24 +623,28 @@ def gateloop_bwd_intra_kernel(
         b_query = b_q
         # [BT, BK]
         b_ld = tl.where(m_tk, tl.maximum(b_g, DECAY_FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-        b_gn = tl.sum(b_ld, 0)
+        # with a phase b_cq and b_ck are log2 of decays, and b_gn comes from the last of them
         if DOT == tl.bfloat16:
             # differences of sums: good to 1e-3 in the worst case, where many steps of the chunk are resets
             b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, 1 if PARTS == 1 else 3, DOT, SUM_PRECISION)
+            b_gn = tl.sum(tl.where(o_i[:, None] == BT - 1, b_cq, 0.0), 0)
+            b_cq *= RCP_LN2
             b_ck = b_cq
-            b_ek = tl.exp2((b_gn[None, :] - b_ck) * RCP_LN2)
+            b_ek = tl.exp2((b_gn * RCP_LN2)[None, :] - b_ck)
         else:
-            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION)
+            b_gn = tl.sum(b_ld, 0)
+            b_cq = sum_steps(o_i[None, :] <= o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION) * RCP_LN2
             b_ck = b_cq
             b_ek = tl.exp(sum_steps(o_i[None, :] > o_i[:, None], b_ld, PARTS, DOT, SUM_PRECISION))
-        b_eq = tl.exp2(b_cq * RCP_LN2)
+        b_eq = tl.exp2(b_cq)
         # [BT, BK]
         b_turn = tl.where(m_tk, b_theta, 0.0)
-        b_turn -= TWO_PI * tl.floor(b_turn * RCP_TWO_PI + 0.5)
+        b_turn -= TWO_PI * nearest(b_turn * RCP_TWO_PI)
         b_tn = tl.sum(b_turn, 0)
-        b_tn -= TWO_PI * tl.floor(b_tn * RCP_TWO_PI + 0.5)
-        b_aq = sum_steps(m_below, b_turn, 3, DOT, SUM_PRECISION)
-        b_cl, b_sl = turn(b_aq + b_turn)
+        b_tn -= TWO_PI * nearest(b_tn * RCP_TWO_PI)
+
+        # two parts are good to 2^-16 of a step's angle, which is half a turn at most
+        b_cl, b_sl = turn(sum_steps(o_i[None, :] <= o_i[:, None], b_turn, 2, DOT, SUM_PRECISION))
         b_cr = b_cl
         b_sr = b_sl
         o_d = o_row[:, None] * (2 * K) + o_k[None, :]
@@ -641,10 +656,10 @@ def gateloop_bwd_intra_kernel(
             m_far = tl.load(far + o_row, mask=m_t, other=0) > 0
             b_dfar = tl.where(m_far[:, None], b_dA, 0.0)
             b_dpair = tl.where(m_pair & (m_far == 0)[:, None], b_dA, 0.0).to(DOT)
-            b_el = tl.exp2(tl.minimum(-b_ck, SPAN) * RCP_LN2)
+            b_el = tl.exp2(tl.minimum(-b_ck, SPAN * RCP_LN2))
         else:
             b_dpair = tl.where(m_pair, b_dA, 0.0).to(DOT)
-            b_el = tl.exp2(-b_ck * RCP_LN2)
+            b_el = tl.exp2(-b_ck)
             b_en = tl.exp2(b_gn * RCP_LN2)[None, :]
         b_x = tl.zeros([BT, BK], dtype=tl.float32)
         b_y = tl.zeros([BT, BK], dtype=tl.float32)
@@ -720,10 +735,11 @@ def gateloop_bwd_intra_kernel(
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
         if hdh is not None:
-            # less what the rows read, and with what they wrote
-            b_dlog_decay = b_all[None, :] - sum_steps(m_below, b_x - b_xl, 2, DOT, SUM_PRECISION)
+            # less what the rows before read, and with what they wrote: by the steps that decays are summed over, which are in registers
+            m_steps = o_i[None, :] <= o_i[:, None]
+            b_dlog_decay = b_all[None, :] - sum_steps(m_steps, b_x - b_xl, 2, DOT, SUM_PRECISION) + b_x - b_xl
             b_all -= tl.sum(b_x - b_xl, 0)
-            b_dphase = b_ally[None, :] - sum_steps(m_below, b_y + b_yl, 2, DOT, SUM_PRECISION)
+            b_dphase = b_ally[None, :] - sum_steps(m_steps, b_y + b_yl, 2, DOT, SUM_PRECISION) + b_y + b_yl
             # a step that forgets everything has no angle
             b_dphase = tl.where(b_ld > DECAY_FLOOR, b_dphase, 0.0)
             b_ally -= tl.sum(b_y + b_yl, 0)
@@ -877,7 +893,7 @@ def gateloop_fwd_kernel(
         b_hi = tl.dot(tl.trans(b_kdi), b_value.to(DOT), b_hi, input_precision=PRECISION)
         b_gt += b_gn
         b_at += b_tn
-        b_at -= TWO_PI * tl.floor(b_at * RCP_TWO_PI + 0.5)
+        b_at -= TWO_PI * nearest(b_at * RCP_TWO_PI)
         b_gn = b_gn_ahead
         b_tn = b_tn_ahead
 
@@ -1209,7 +1225,7 @@ def gateloop_dk_kernel(
         b_dhi = tl.dot(tl.trans(b_qdi), b_do.to(DOT), b_dhi, input_precision=PRECISION)
         b_gt += b_gn
         b_at += b_tn
-        b_at -= TWO_PI * tl.floor(b_at * RCP_TWO_PI + 0.5)
+        b_at -= TWO_PI * nearest(b_at * RCP_TWO_PI)
         if hdh is not None:
             if (i_t % LC == 0) | (i_t <= i_start):
                 i_s = (i_t // LC + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
@@ -1590,20 +1606,21 @@ def prepare(q, k, g, theta, shape, like, cu_seqlens, scale, s, BT, qd=None, kd=N
         G_theta=H // theta.shape[2],
         K=K,
         BT=BT,
-        BK=t.BV * t.BT // BT,
+        BK=t.BV,
         LEVELS=BT.bit_length() - 1,
         PARTS=s.PARTS,
         DOT=s.DOT,
         PRECISION=s.PRECISION,
         SUM_PRECISION=s.SUM_PRECISION,
     )
+    # chunks of half the forward's tokens by half as many warps: one needs no barriers, and has registers for loads ahead
     gateloop_prepare_kernel[(rows * H,)](
         q, k, g, theta,
         qd=qd,
         kd=kd,
         gn=gn,
-        num_warps=t.num_warps,
-        num_stages=t.num_stages,
+        num_warps=max(1, t.num_warps * BT // t.BT),
+        num_stages=t.num_stages if BT == t.BT else 2,
         **common,
     )
     # four warps take products of 64 rows as one group, which narrow blocks are wrong with
