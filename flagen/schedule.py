@@ -190,6 +190,7 @@ def schedule(
             # the forward's own chunks: what a backward does inside chunks of 64 has too few registers
             fwd, intra = tile(64, half, BF * half * parts, 2), Tile(64, 16, 2, 1)
             bwd = tile(BT, half, BF * half * parts, 3)
+            bwd_intra = Tile(BT, 64, 4, 2)
     if plan.erase:
         serial = fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == whole == 128)
         if fwd.num_stages == 3 and 2 * programs <= device.multiprocessors:

@@ -608,7 +608,7 @@ def gateloop_bwd_intra_kernel(
         b_theta = tl.load(p_x, mask=m_tk, other=0.0).to(tl.float32)
         # [BT, BT]
         b_dA = tl.zeros([BT, BT], dtype=tl.float32)
-        for i_v in range(tl.cdiv(V, BV)):
+        for i_v in tl.static_range((V + BV - 1) // BV):  # no loop, for the one around it to load ahead
             o_v = i_v * BV + tl.arange(0, BV)
             m_v = o_v < V
             m_tv = m_t[:, None] & m_v[None, :]
