@@ -24,18 +24,21 @@ from .spec import Spec
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 HEADS = 2
+CROWD = 67  # heads of which two sequences have more than a GPU has multiprocessors, so that programs are cut otherwise
 
 
 @dataclass(frozen=True)
 class Grid:
     """Head sizes (K, V), lengths, lengths of sequences packed into one row, with `past` tokens after the last, and the
-    head sizes at which query and key have fewer heads as well: kernels of their own, which take long to compile."""
+    head sizes at which query and key have fewer heads as well, and those at which there are many heads as well: kernels
+    of their own, which take long to compile."""
 
     sizes: tuple[tuple[int, int], ...]
     taylor_sizes: tuple[tuple[int, int], ...]
     lengths: tuple[int, ...]
     packed: tuple[tuple[int, ...], ...]
     grouped: tuple[tuple[int, int], ...]
+    crowded: tuple[tuple[int, int], ...] = ()
     past: int = 7
 
 
@@ -53,6 +56,7 @@ GRIDS = {
         lengths=(1, 15, 63, 64, 65, 1000, 4096),
         packed=((1, 15, 0, 63, 64, 65, 200, 1000), (4096, 0, 100)),
         grouped=((64, 64), (100, 36), (16, 64)),
+        crowded=((128, 128),),
     ),
 }
 MAX_K = {0: 256, 1: 255, 2: 32}  # by the order of the Taylor map
@@ -155,7 +159,8 @@ def run_unit(unit: Unit) -> tuple[list[Line], bool]:
     spec = Spec.from_json(unit.spec)
     lines: list[Line] = []
     for options in cases(spec, unit):
-        label = " ".join(f"{key}={value}" for key, value in options.items() if key not in ("B", "H", "gate_dtype"))
+        hidden = ("B", "gate_dtype", *(("H",) if options["H"] == HEADS else ()))
+        label = " ".join(f"{key}={value}" for key, value in options.items() if key not in hidden)
         try:
             lines += _run_case(spec, unit, options, label)
         except Exception as error:  # whatever it is belongs in the table, and the other cases still count
@@ -178,6 +183,8 @@ def cases(spec: Spec, unit: Unit) -> list[dict[str, Any]]:
     grouped = {one.name: 1 for one in spec.inputs if "h" in one.axes and one not in spec.value.inputs}
     if grouped and (unit.K, unit.V) in grid.grouped:
         found.append(sizes | {"T": grid.lengths[-2], "gate_dtype": torch.float32, "heads": grouped})
+    if (unit.K, unit.V) in grid.crowded:
+        found.append(sizes | {"H": CROWD, "T": 200, "gate_dtype": torch.float32})
     for lengths in grid.packed:
         bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
         found.append(sizes | {"B": 1, "T": bounds[-1] + grid.past, "cu_seqlens": bounds})

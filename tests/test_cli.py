@@ -23,6 +23,7 @@ from flagen.cli_check import Grid, Line
 from flagen.cli_spec import find_spec
 from flagen.demo_example import my_attention
 from flagen.expr import k, l2norm
+from flagen.schedule import HOPPER
 from flagen.spec import Spec
 
 SMALL = Grid(sizes=((4, 6),), taylor_sizes=((4, 6),), lengths=(1, 9), packed=((3, 0, 5),), grouped=((4, 6),))
@@ -272,6 +273,9 @@ def test_grid_on_a_gpu_is_that_of_the_issue():
     grouped = {(u.name, u.dtype) for u in every if any("heads" in x for x in cli_check.cases(specs.get(u.name), u))}
     matrices = [name for name in specs.names() if not specs.get(name).vector]
     assert grouped == {(name, dtype) for name in matrices for dtype in cli_check.DTYPES}
+    # and where there are more sequences and heads than multiprocessors, programs have more of a state each
+    crowds = ((u.name, x["B"] * x["H"]) for u in every for x in cli_check.cases(specs.get(u.name), u))
+    assert {name for name, programs in crowds if programs > HOPPER.multiprocessors} == set(specs.names()) - {"based"}
 
 
 @pytest.mark.parametrize("spec", [my_attention, specs.get("based"), specs.get("gateloop")], ids=lambda spec: spec.name)
