@@ -372,13 +372,13 @@ class _Run:
         self.work.lanes += self.weight * prod(pointer.shape)
 
     def do_dot(self, a: Block, b: Block, acc: Any = None, input_precision: str = "tf32", **hints: Any) -> Block:
-        rows, inner, columns = *a.shape, b.shape[1]
-        if b.shape[0] != inner:
+        (*batch, rows, inner), columns = a.shape, b.shape[-1]
+        if b.shape != (*batch, inner, columns):
             raise CostError(f"{self.where}: a product of blocks {a.shape} and {b.shape}")
         kind = "16" if BYTES[a.dtype] <= 2 and BYTES[b.dtype] <= 2 else input_precision
-        self.work.flops[kind] += self.weight * 2 * rows * inner * columns
+        self.work.flops[kind] += self.weight * 2 * prod(batch) * rows * inner * columns
         self.work.products += self.weight
-        return Block((rows, columns), "fp32")
+        return Block((*batch, rows, columns), "fp32")
 
     def do_debug_barrier(self) -> None:
         self.work.barriers += self.weight
