@@ -270,6 +270,14 @@ def test_a_reduction_takes_a_step_for_each_halving():
     assert toy("tl.cumsum(b_s, 0)").reduced == 4
 
 
+def test_products_of_a_batch_are_each_counted():
+    one = "tl.dot(tl.zeros([4, 16, 32], tl.float32), tl.zeros([4, 32, 8], tl.float32), input_precision='ieee')"
+    assert toy(one).flops["ieee"] == 4 * 2 * 16 * 32 * 8
+    assert toy(one).products == toy().products + 1
+    with pytest.raises(CostError, match="a product of blocks"):
+        toy(one.replace("[4, 32", "[2, 32"))
+
+
 def test_programs_and_absent_tensors_decide():
     assert toy(program=56).products == 200
     assert toy(y=None).writes == {}
@@ -414,6 +422,15 @@ def test_calibration_finds_the_constants_that_made_the_times():
     assert max(abs(math.log(one.ratio(H100, cost.FITTED))) for one in points) > 0.15
     fitted = calibrate.fit(points, H100)
     assert max(abs(math.log(one.ratio(H100, fitted))) for one in points) < 0.05
+
+
+@pytest.mark.parametrize("name", specs.names())
+def test_shipped_specs_are_estimated_as_they_run(name):
+    """At the head sizes and in the dtype that are timed, where kernels have other branches than in small tests."""
+    channels = 16 if specs.get(name).taylor else 128
+    found = cost.estimate(specs.get(name), Shape.dense(1, 8192, 96, channels, 128), torch.bfloat16)
+    assert all(one.seconds > 0 for one in (found.forward, found.training, found.backward, found.step))
+    assert found.both.seconds > 2 * found.forward.seconds
 
 
 def test_show_prints_the_kernels_and_what_they_cost(capsys):
