@@ -151,3 +151,15 @@ def test_chunks_are_as_long_as_tiles_allow(spec, K, dtype, given, tokens):
     assert tokens == found.fwd.BT and found.LC % tokens == 0
     if spec.name == "fixed":
         assert tokens == found.LC
+
+
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "comba", "kda", "rwkv7"])
+def test_few_sequences_have_half_a_state_in_a_program(name):
+    """As long as each half has a multiprocessor of its own; what starts at every checkpoint has all of a state."""
+    plan = make_plan(analyse(specs.get(name)))
+    few, many = (schedule(plan, Shape.dense(1, 8192, H, 128, 128), torch.bfloat16) for H in (66, 67))
+    assert (few.fwd.BV, many.fwd.BV, many.bwd.BV) == (64, 128, 128)
+    assert few.bwd.BV == (64 if plan.erase_factors else 128)
+    assert few.rows == many.rows and few.intra == many.intra and few.bwd_intra == many.bwd_intra
+    wider = [schedule(plan, Shape.dense(1, 8192, H, 256, 128), torch.bfloat16) for H in (66, 67)]
+    assert wider[0] == wider[1]
