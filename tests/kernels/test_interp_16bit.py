@@ -58,7 +58,8 @@ def test_bf16_with_the_schedules_own_chunks(spec, monkeypatch):
 def test_bf16_where_what_is_erased_is_inverted_by_blocks(name, size, monkeypatch):
     """Chunks of 64 rows, which operands of products with 16 bits have; a small state's are wider."""
     bf16_interpreter.repair(monkeypatch)
-    _check(flagen.specs.get(name), torch.bfloat16, T=140, H=1, K=size, V=size, chunk_size=None, gate_dtype=torch.float32)
+    sizes = {"T": 140, "H": 1, "K": size, "V": size}
+    _check(flagen.specs.get(name), torch.bfloat16, **sizes, chunk_size=None, gate_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
