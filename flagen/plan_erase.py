@@ -208,7 +208,7 @@ class ErasePlan:
 
     @property
     def erase_kernels(self) -> tuple[Kernel, ...]:
-        """Sequences are not cut into pieces: what passes a piece is a matrix [K, K]."""
+        """What takes a state through a piece of a sequence is a matrix [K, K], so that few sequences alone are cut."""
         names = tuple(one.name for one in self.inputs)
         pairs = ("M", "A") if self.delta else ("M", "A", "B", "C")
         own = tuple(one.name for one in self.intra_tensors if not one.is_constant)
@@ -219,6 +219,8 @@ class ErasePlan:
                    when=f"always{again}"),
             Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=(*names, *pairs), writes=("o", "S"),
                    when="always"),
+            Kernel(name=f"{self.name}_join_kernel", direction="either", reads=("ends", "S"), writes=("S",),
+                   when="few sequences are cut into pieces, after a pass for what becomes of these"),
             Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=(*names, *pairs), writes=("S", "w"),
                    when="a gradient is asked for: the states before all chunks, again from those that were kept"),
             Kernel(name=f"{self.name}_bwd_state_kernel", direction="backward", reads=(*names, *pairs, "do"),

@@ -10,6 +10,8 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .schedule_pieces import STATE_ELEMENTS, carried, cut, even, leaves_idle, piece
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,7 +23,6 @@ STAGED = 200 << 10  # bytes of shared memory that three stages of chunks and a s
 # channels, of keys and of values, of the narrowest block of 16-bit operands: with 16 or 32 beside chunks of 64 outputs
 # and gradients were wrong with Triton 3.6 on Hopper, or an address was bad, whatever the kernel
 NARROWEST = 64
-STATE_ELEMENTS = 1 << 14  # of a program's block of the state: 64 KiB of registers in fp32
 PRECISIONS = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
 
 
@@ -59,7 +60,7 @@ class Tile:
 class Schedule:
     """Launch-time constants. fwd_L, bwd_L, dq_L: tokens per piece of a sequence, a multiple of LC, or 0 where it is not
     cut. rows: the tile of the sweeps for query and key, whose programs have a block of K, its BV, and all of V; of an
-    erase whose rows have factors, that of the kernel for all states.
+    erase that of the kernels for what becomes of pieces and, where rows have factors, for all states.
 
     DOT, PRECISION: dtype of the products' operands and how fp32 ones are multiplied; SUM_PRECISION: the same for sums
     of log decays; PARTS: how many bf16 parts of a log decay are summed. beside: sweeps that do not depend on each other
@@ -193,7 +194,8 @@ def schedule(
             bwd_intra = Tile(BT, 64, 4, 2)
     if plan.erase:
         serial = fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == whole == 128)
-        if fwd.num_stages == 3 and 2 * programs <= device.multiprocessors:
+        erase_L, halves = carried(shape, serial.BV, BT, LC, serial.num_stages == 3, device)
+        if halves:
             # half a state takes little more than half the time, and each half has a multiprocessor of its own
             fwd = Tile(BT, BV // 2, 4, 3)
             bwd = fwd if plan.erase_factors else bwd
@@ -210,8 +212,8 @@ def schedule(
         rows = serial if serial.num_stages == 3 else Tile(BT, serial.BV, serial.num_warps, 1)
     # a program has a tile of features, and three fit a multiprocessor
     states = -(-programs * -(-rows_of_state(plan, shape.K) // BF) // 3) if plan.tiled else programs
-    fwd_L = piece(shape, states * -(-shape.V // fwd.BV), device, LC)
-    bwd_L = piece(shape, states * -(-shape.V // bwd.BV), device, LC)
+    fwd_L = erase_L if plan.erase else piece(shape, states * -(-shape.V // fwd.BV), device, LC)
+    bwd_L = erase_L if plan.erase else piece(shape, states * -(-shape.V // bwd.BV), device, LC)
     beside = False
     # with smaller states three stages gave wrong normalisers with Triton 3.6 on Hopper, and they moved
     three, by_key = square and BT == 64, plan.intra and not plan.turned and not plan.normalized
@@ -341,52 +343,3 @@ def erase_tile(plan: Plan, BT: int, BF: int, BV: int, device: Device, whole: boo
         return Tile(BT, BV, 8, 3)
     size = max(64, BV if BF > 128 else value_block(BV, BF, STATE_ELEMENTS // 2))
     return tile(BT, size, BF * size, 1)
-
-
-def cut(
-    shape: Shape, BT: int, LC: int, rows: int, widest: int, device: Device, passes: int, counts: tuple[int, ...]
-) -> tuple[int, int]:
-    """Into how many blocks, of `counts`, the columns of a state are cut, and tokens per piece of a sequence or 0: what
-    takes the least time on all multiprocessors. passes: kernels after the one for the states that pieces begin with."""
-    best, found = float("inf"), (1, 0)
-    for parts in counts:
-        # a turn takes 0.6 us and 2.4 us for a state of 128 x 128 on an H200
-        turn = 1 + 4 * rows * (widest // parts) / STATE_ELEMENTS
-        programs = shape.N * shape.H * parts * -(-shape.V // widest)
-        for pieces in range(1, max(2, device.multiprocessors // programs + 1)):
-            tokens = -(-shape.T // pieces // LC) * LC if pieces > 1 else shape.T
-            pieces = -(-shape.T // tokens)
-            rounds = -(-programs * pieces // device.multiprocessors)
-            time = rounds * -(-tokens // BT) * turn * (passes + 0.7 * (pieces > 1))
-            time += 25 * (pieces > 1)  # the launches that pieces need
-            if time < best * 0.95:
-                best, found = time, (parts, tokens if pieces > 1 else 0)
-    return found
-
-
-def even(shape: Shape, programs: int, BT: int, LC: int, device: Device) -> int:
-    """Tokens per piece where pieces cost no more than the start of a program, about four turns; 0 for one piece."""
-    best, found = float("inf"), 0
-    for blocks in range(1, -(-shape.T // LC) + 1):
-        pieces = -(-shape.T // (blocks * LC))
-        rounds = -(-programs * pieces // device.multiprocessors)
-        time = rounds * (blocks * LC // BT + 4)
-        if time < best:
-            best, found = time, blocks * LC if pieces > 1 else 0
-    return found
-
-
-def leaves_idle(shape: Shape, programs: int, BT: int, device: Device) -> bool:
-    """Whether programs, one a multiprocessor, leave so much of the device idle for so long that kernels in several
-    streams pay, which cost the host some 20 us."""
-    rounds = -(-programs // device.multiprocessors)
-    return programs < 0.85 * rounds * device.multiprocessors and rounds * -(-shape.T // BT) >= 64
-
-
-def piece(shape: Shape, programs: int, device: Device, LC: int) -> int:
-    """Tokens per piece, so that there are about as many programs as multiprocessors; 0 where there are enough
-    already."""
-    wanted = device.multiprocessors // max(1, programs)
-    if wanted < 2 or shape.T <= 2 * LC:
-        return 0
-    return -(-shape.T // wanted // LC) * LC

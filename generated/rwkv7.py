@@ -493,7 +493,8 @@ def rwkv7_intra_kernel(
 
 
 # A program owns one sequence, or with PIECES L tokens of one, a head and a block of V; it carries the state in registers, chunk by
-# chunk. What a chunk writes with b is hw = -(1 + M) (a S + C v) for the state S at its start. hc: the states every LC tokens.
+# chunk. ENDS: nothing but ht [pieces, H, K, V + K], the state after a piece that began from zero, and beside it the matrix that
+# takes a state through the piece. What a chunk writes with b is hw = -(1 + M) (a S + C v) for the state S at its start. hc: the states every LC tokens.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NC", "NT"])
 def rwkv7_fwd_kernel(
     v,
@@ -533,10 +534,11 @@ def rwkv7_fwd_kernel(
     BV: tl.constexpr,
     BF: tl.constexpr,
     PIECES: tl.constexpr,
+    ENDS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    NV: tl.constexpr = (V + BV - 1) // BV
+    NV: tl.constexpr = (V + (K if ENDS else 0) + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_h = (tl.program_id(0) // NV % H).to(tl.int64)
     i_p = tl.program_id(0) // NV // H
@@ -558,6 +560,8 @@ def rwkv7_fwd_kernel(
 
     # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
     b_h = tl.zeros([BV, BK], dtype=tl.float32)
+    if ENDS:
+        b_h = tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0)
     if h0 is not None:
         b_h = tl.load(h0 + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
 
@@ -621,12 +625,15 @@ def rwkv7_fwd_kernel(
                 tl.store(p_o, tl.trans(b_o.to(o.dtype.element_ty)), mask=m_tv)
 
     if ht is not None:
-        if is_last:
+        if ENDS:
+            tl.store(ht + i_ph * (K * (V + K)) + (o_k[None, :] * (V + K) + o_v[:, None]), b_h, mask=(o_v < V + K)[:, None] & m_k[None, :])
+        elif is_last:
             tl.store(ht + i_nh * (K * V) + o_vk, b_h.to(ht.dtype.element_ty), mask=m_vk)
 
 
 # The adjoints of the state, backward in time: dhs, those at the ends of chunks, and dhw [B, T, H, V], (1 + M)^T times the gradient of what
-# a chunk writes with b. A program owns a sequence, a head and a block of V.
+# a chunk writes with b. A program owns a sequence, or with PIECES L tokens of one, a head and a block of V. ENDS: nothing but dh0, as
+# the forward's ht.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP", "NT"])
 def rwkv7_bwd_state_kernel(
     M,
@@ -660,10 +667,12 @@ def rwkv7_bwd_state_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BF: tl.constexpr,
+    PIECES: tl.constexpr,
+    ENDS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    NV: tl.constexpr = (V + BV - 1) // BV
+    NV: tl.constexpr = (V + (K if ENDS else 0) + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_h = (tl.program_id(0) // NV % H).to(tl.int64)
     i_p = tl.program_id(0) // NV // H
@@ -671,6 +680,7 @@ def rwkv7_bwd_state_kernel(
     i_n = i_n.to(tl.int64)
     i_b = i_n if cu_seqlens is None else i_n * 0
     # row of the piece, and of the sequence, in tensors with a head axis
+    i_ph = i_p.to(tl.int64) * H + i_h
     i_nh = i_n * H + i_h
 
     o_i = tl.arange(0, BT)
@@ -681,10 +691,12 @@ def rwkv7_bwd_state_kernel(
     o_vk = o_k[None, :] * V + o_v[:, None]
     m_vk = m_v[:, None] & m_k[None, :]
 
-    # [BV, BK]: value channels are rows, as in the forward
+    # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
     b_dh = tl.zeros([BV, BK], dtype=tl.float32)
+    if ENDS:
+        b_dh = tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0)
     if dht is not None:
-        b_dh = tl.load(dht + (i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+        b_dh = tl.load(dht + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
     for i in range(n_c):
@@ -713,18 +725,23 @@ def rwkv7_bwd_state_kernel(
         b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
         i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
         b_en = tl.load(en + i_s * K + o_k, mask=m_k, other=0.0)
-        tl.store(dhs + i_s * (K * V) + o_vk, b_dh.to(dhs.dtype.element_ty), mask=m_vk)
+        if not ENDS:
+            tl.store(dhs + i_s * (K * V) + o_vk, b_dh.to(dhs.dtype.element_ty), mask=m_vk)
         # [BV, BT]
         b_dhw = tl.dot(b_dh.to(DOT), tl.trans(b_rb), input_precision=PRECISION)
         b_dhw = plus(b_dhw, tl.dot(tl.trans(b_do), b_A, input_precision=PRECISION))
         b_dhw = tl.dot(b_dhw.to(DOT), b_M, b_dhw, input_precision=PRECISION)
-        tl.store(dhw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_dhw.to(dhw.dtype.element_ty)), mask=m_tv)
+        if not ENDS:
+            tl.store(dhw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_dhw.to(dhw.dtype.element_ty)), mask=m_tv)
         b_dh *= b_en[None, :]
         b_dh = tl.dot(tl.trans(b_do), b_rq, b_dh, input_precision=PRECISION)
         b_dh = tl.dot((b_dhw * -1.0).to(DOT), b_ra, b_dh, input_precision=PRECISION)
 
     if dh0 is not None:
-        tl.store(dh0 + i_nh * (K * V) + o_vk, b_dh.to(dh0.dtype.element_ty), mask=m_vk)
+        if ENDS:
+            tl.store(dh0 + i_ph * (K * (V + K)) + (o_k[None, :] * (V + K) + o_v[:, None]), b_dh, mask=(o_v < V + K)[:, None] & m_k[None, :])
+        elif is_first:
+            tl.store(dh0 + i_nh * (K * V) + o_vk, b_dh.to(dh0.dtype.element_ty), mask=m_vk)
 
 
 # All gradients. A program owns a chunk and a head; it has the states hs at the chunk's start and their adjoints dhs at its end, what
@@ -1036,6 +1053,64 @@ def rwkv7_bwd_kernel(
         tl.store(p_dk, b_db_.to(db.dtype.element_ty), mask=m_tk)
 
 
+# The states that pieces begin with, or with REVERSE the adjoints that they end with, from one piece to the next. ends [pieces, H, K, V + K]: what
+# comes of zero, and the matrix that is multiplied by what came before. starts [pieces, H, K, V]. A program owns a sequence, a head and a block of V.
+@triton.jit(do_not_specialize=["T", "N", "L", "NP"])
+def rwkv7_join_kernel(
+    ends,
+    starts,
+    h0,
+    cu_seqlens,
+    N,
+    T,
+    H,
+    L,
+    NP,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    i_v = tl.program_id(0)
+    i_n = (tl.program_id(1) // H).to(tl.int64)
+    i_h = (tl.program_id(1) % H).to(tl.int64)
+    if cu_seqlens is None:
+        i_p0 = i_n * NP
+        n_p = NP
+    else:
+        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+        eos = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
+        i_p0 = bos // L + i_n
+        n_p = tl.where(eos > bos, (eos - 1) // L - bos // L + 1, 1).to(tl.int32)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k[:, None] & m_v[None, :]
+    # [BK, BV]
+    b_h = tl.zeros([BK, BV], dtype=tl.float32)
+    if h0 is not None:
+        b_h = tl.load(h0 + (i_n * H + i_h) * (K * V) + (o_k[:, None] * V + o_v[None, :]), mask=m_kv, other=0.0).to(tl.float32)
+    for i in range(n_p):
+        i_ph = (i_p0 + (n_p - 1 - i if REVERSE else i)) * H + i_h
+        p_h = starts + i_ph * (K * V)
+        tl.store(p_h + (o_k[:, None] * V + o_v[None, :]), b_h, mask=m_kv)
+        # other threads read it
+        tl.debug_barrier()
+        p_e = ends + i_ph * (K * (V + K))
+        b_h = tl.load(p_e + (o_k[:, None] * (V + K) + o_v[None, :]), mask=m_kv, other=0.0)
+        for i_c in range(0, K, BC):
+            # [BK, BC], [BC, BV]
+            o_c = i_c + tl.arange(0, BC)
+            m_c = o_c < K
+            b_e = tl.load(p_e + (o_k[:, None] * (V + K) + (V + o_c)[None, :]), mask=m_k[:, None] & m_c[None, :], other=0.0)
+            b_x = tl.load(p_h + (o_c[:, None] * V + o_v[None, :]), mask=m_c[:, None] & m_v[None, :], other=0.0)
+            b_h = tl.dot(b_e, b_x, b_h, input_precision=PRECISION)
+
+
 # One token: reads the state, writes it back in place. A program owns a sequence, a head and NB blocks of V.
 @triton.jit
 def rwkv7_step_kernel(
@@ -1269,11 +1344,13 @@ def intra(r, k, w, a, b, cu_seqlens, scale, s, shape, kept=None):
     return made, kept
 
 
-def run(v, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC):
-    """The serial kernel: over whole sequences, L = 0, or over pieces of L tokens that begin with the states h0."""
+def run(v, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC, ends=False):
+    """The serial kernel: over whole sequences, L = 0, or over pieces of L tokens that begin with the states h0.
+
+    ends: only ht [pieces, H, K, V + K], what comes of pieces that begin from zero and what takes states through them."""
     N, T, H, K, V, F = shape
     NP, rows = pieces(cu_seqlens, N, T, L) if L else (1, N)
-    rwkv7_fwd_kernel[(rows * H * triton.cdiv(V, t.BV),)](
+    rwkv7_fwd_kernel[(rows * H * triton.cdiv(V + K if ends else V, t.BV),)](
         v,
         **made,
         o=o,
@@ -1303,11 +1380,85 @@ def run(v, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC):
         BV=t.BV,
         BF=s.BF,
         PIECES=bool(L),
+        ENDS=ends,
         DOT=s.DOT,
         PRECISION=s.PRECISION,
         num_warps=t.num_warps,
         num_stages=t.num_stages,
     )
+
+
+def run_adjoints(made, do, dhw, dht, dh0, dhs, cu_seqlens, scale, s, t, shape, L, ends=False):
+    """The same of the adjoints, from the end to the start: pieces end with dht, and ends asks for dh0 [pieces, H, K, V + K]."""
+    N, T, H, K, V, F = shape
+    NP, rows = pieces(cu_seqlens, N, T, L) if L else (1, N)
+    rwkv7_bwd_state_kernel[(rows * H * triton.cdiv(V + K if ends else V, t.BV),)](
+
+        M=made["M"],
+        A=made["A"],
+        rq=made["rq"],
+        ra=made["ra"],
+        rb=made["rb"],
+        en=made["en"],
+        do=do,
+        dhw=dhw,
+        dht=dht,
+        dh0=dh0,
+        dhs=dhs,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        do_sb=do.stride(0),
+        do_st=do.stride(1),
+        do_sh=do.stride(2),
+        N=N,
+        T=T,
+        H=H,
+        L=L or T + 1,
+        NP=NP,
+        NT=-(-T // t.BT),
+        K=K,
+        V=V,
+        F=F,
+        BT=t.BT,
+        BK=s.BK,
+        BV=t.BV,
+        BF=s.BF,
+        PIECES=bool(L),
+        ENDS=ends,
+        DOT=s.DOT,
+        PRECISION=s.PRECISION,
+        num_warps=t.num_warps,
+        num_stages=t.num_stages,
+    )
+
+
+def join(ends, h0, like, cu_seqlens, s, shape, L, reverse=False):
+    """What pieces of L tokens begin with (reverse: end with), [pieces, H, K, V], from h0 and the ends."""
+    N, T, H, K, V, F = shape
+    NP, rows = pieces(cu_seqlens, N, T, L)
+    starts = state(rows, H, F, V, like)
+    BV = min(64, s.BV)
+    rwkv7_join_kernel[(triton.cdiv(V, BV), N * H)](
+        ends,
+        starts,
+        h0,
+        cu_seqlens=cu_seqlens,
+        N=N,
+        T=T,
+        H=H,
+        L=L,
+        NP=NP,
+        K=K,
+        V=V,
+        BK=s.BK,
+        BV=BV,
+        BC=min(64, s.BK),
+        PRECISION=s.SUM_PRECISION,
+        REVERSE=reverse,
+        num_warps=4 if s.BK <= 128 else 8,
+        num_stages=1,
+    )
+    return starts
 
 
 def fwd(r, k, v, w, a, b, h0, cu_seqlens, scale, s, final=False, save=False):
@@ -1322,7 +1473,12 @@ def fwd(r, k, v, w, a, b, h0, cu_seqlens, scale, s, final=False, save=False):
     ht = state(N, H, F, V, like) if final else None
     hc = state(N * -(-T // s.LC) if cu_seqlens is None else T // s.LC + N, H, F, V, like, s.checkpoint) if save else None
     made, kept = intra(r, k, w, a, b, cu_seqlens, scale, s, (B, T, H, K, N))
-    run(v, made, o, None, h0, ht, hc, cu_seqlens, scale, s, s.fwd, (N, T, H, K, V, F), 0, s.LC)
+    shape, L = (N, T, H, K, V, F), s.fwd_L
+    if L:
+        ends = state(pieces(cu_seqlens, N, T, L)[1], H, F, V + K, like)
+        run(v, made, None, None, None, ends, None, cu_seqlens, scale, s, s.rows, shape, L, s.LC, True)
+        h0 = join(ends, h0, like, cu_seqlens, s, shape, L)
+    run(v, made, o, None, h0, ht, hc, cu_seqlens, scale, s, s.fwd, shape, L, s.LC)
     return o, ht, hc, *(kept.values() if save else ())
 
 
@@ -1361,43 +1517,12 @@ def bwd(r, k, v, w, a, b, do, hc, kept, dht, cu_seqlens, scale, s, needs, initia
     hw, dhw = (torch.empty(B, T, H, V, dtype=common, device=like.device) for _ in range(2))
     hs, dhs = (state(chunks, H, F, V, like, common) for _ in range(2))
     run(v, made, None, hw, hc, None, hs, cu_seqlens, scale, s, s.fwd, shape, s.LC, s.fwd.BT)
-    t = s.bwd
-    rwkv7_bwd_state_kernel[(N * H * triton.cdiv(V, t.BV),)](
-
-        M=made["M"],
-        A=made["A"],
-        rq=made["rq"],
-        ra=made["ra"],
-        rb=made["rb"],
-        en=made["en"],
-        do=do,
-        dhw=dhw,
-        dht=dht,
-        dh0=dh0,
-        dhs=dhs,
-        cu_seqlens=cu_seqlens,
-        scale=scale,
-        do_sb=do.stride(0),
-        do_st=do.stride(1),
-        do_sh=do.stride(2),
-        N=N,
-        T=T,
-        H=H,
-        L=T + 1,
-        NP=1,
-        NT=NC,
-        K=K,
-        V=V,
-        F=F,
-        BT=t.BT,
-        BK=s.BK,
-        BV=t.BV,
-        BF=s.BF,
-        DOT=s.DOT,
-        PRECISION=s.PRECISION,
-        num_warps=t.num_warps,
-        num_stages=t.num_stages,
-    )
+    begun, adjoints = (made, do), (cu_seqlens, scale, s)
+    if s.bwd_L:
+        ends = state(pieces(cu_seqlens, N, T, s.bwd_L)[1], H, F, V + K, like)
+        run_adjoints(*begun, None, None, ends, None, *adjoints, s.rows, shape, s.bwd_L, True)
+        dht = join(ends, dht, like, cu_seqlens, s, shape, s.bwd_L, True)
+    run_adjoints(*begun, dhw, dht, dh0, dhs, *adjoints, s.bwd, shape, s.bwd_L)
     t = s.bwd_intra
     by_key = dict(
         far=kept["far"],

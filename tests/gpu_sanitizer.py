@@ -25,6 +25,7 @@ from pathlib import Path
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 42  # the exit status by which the tool says that it found something
+PATIENCE = 600  # seconds until a process must have begun
 TESTS = Path(__file__).resolve().parent
 TOKENS, SPANS = 40, [0, 0, 11, 28, 33]
 FORMS = ("float32 whole", "bfloat16 packed", "float32 packed", "bfloat16 whole")
@@ -101,8 +102,10 @@ def all_of(programs: Sequence[Sequence[str]], tool: str) -> int:
 
 
 def command(sanitizer: str, tool: str, program: Sequence[str]) -> list[str]:
-    # compilers and the like that the process starts are none of its business
-    options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only"]
+    # Compilers and the like that the process starts are none of its business. A process that has not begun with CUDA
+    # after 10 s, as on busy cores, is given up by default, and then waits for ever.
+    options = ["--tool", tool, "--error-exitcode", str(FOUND), "--launch-timeout", str(PATIENCE)]
+    options += ["--target-processes", "application-only"]
     return [sanitizer, *options, *program]
 
 

@@ -29,7 +29,7 @@ def _stand_in(folder, found=""):
 def test_tools_are_run_one_after_the_other(tmp_path, capsys):
     path, log = _stand_in(tmp_path)
     assert gpu_sanitizer.main(["--sanitizer", path, "--device", "cpu", "--jobs", "1", "linear"]) == 0
-    options = "--error-exitcode 42 --target-processes application-only"
+    options = "--error-exitcode 42 --launch-timeout 600 --target-processes application-only"
     assert log.read_text().splitlines() == [f"--tool memcheck {options} 1", f"--tool racecheck {options} None"]
     assert capsys.readouterr().out.splitlines() == [
         "compiling for 4 runs, 1 processes", "memcheck: nothing found", "racecheck: nothing found"
