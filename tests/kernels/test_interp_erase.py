@@ -52,9 +52,10 @@ def test_tokens_that_take_nothing_away(name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "comba", "kda", "rwkv7"])
-@pytest.mark.parametrize("cu", [None, [0, 40, 40, 70]], ids=["dense", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_passes_pieces(name, cu, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "cu"), [(torch.bfloat16, None), (torch.float32, [0, 40, 40, 70])], ids=["bf16-dense", "fp32-packed"]
+)
+def test_what_passes_pieces(name, dtype, cu, monkeypatch):
     """More key channels than a piece has tokens, so that no piece erases all that came before; and several blocks of
     the products with what takes states through."""
     bf16_interpreter.repair(monkeypatch)
