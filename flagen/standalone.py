@@ -19,7 +19,7 @@ from .functions import FUNCTIONS
 if TYPE_CHECKING:
     from .plan import Plan
 
-SOURCES = ("schedule.py", "kept.py", "triton_backend.py")
+SOURCES = ("schedule_pieces.py", "schedule.py", "kept.py", "triton_backend.py")
 VECTOR_SOURCES = ("schedule_vector.py", "triton_vector.py")  # beside these, where the state is a vector
 # where torch has no function of the same arguments
 TORCH_TEXT = {
@@ -44,8 +44,8 @@ class Standalone:
 
 def make_standalone(plan: Plan, kernels: str) -> Standalone:
     """kernels: the text of the plan's module, which has names of its own."""
-    schedule, kept, backend = (_definitions(name) for name in SOURCES)
-    schedule = f"{schedule}\n\n\n{kept}"
+    *schedules, backend = (_definitions(name) for name in SOURCES)
+    schedule = "\n\n\n".join(schedules)
     if plan.vector:
         more = [_definitions(name) for name in VECTOR_SOURCES]
         schedule, backend = f"{schedule}\n\n\n{more[0]}", f"{backend}\n\n\n{more[1]}"
