@@ -219,7 +219,7 @@ class ErasePlan:
                    when=f"always{again}"),
             Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=(*names, *pairs), writes=("o", "S"),
                    when="always"),
-            Kernel(name=f"{self.name}_join_kernel", direction="either", reads=("ends", "S"), writes=("S",),
+            Kernel(name=f"{self.name}_carry_kernel", direction="either", reads=("ends", "S"), writes=("S",),
                    when="few sequences are cut into pieces, after a pass for what becomes of these"),
             Kernel(name=f"{self.name}_fwd_kernel", direction="forward", reads=(*names, *pairs), writes=("S", "w"),
                    when="a gradient is asked for: the states before all chunks, again from those that were kept"),

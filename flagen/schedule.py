@@ -198,11 +198,12 @@ def schedule(
         serial = fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == whole == 128)
         if large:
             serial = fwd = bwd = Tile(BT, min(whole, 128), 8 if whole > 64 else 4, 2)
-        erase_L, halves = carried(shape, serial.BV, BT, LC, serial.num_stages == 3, device)
+        staged, factors = serial.num_stages == 3, bool(plan.erase_factors)
+        erase_L, halves = carried(shape, serial.BV, BT, LC, staged, factors, device)
         if halves:
             # half a state takes little more than half the time, and each half has a multiprocessor of its own
             fwd = Tile(BT, BV // 2, 4, 3)
-            bwd = fwd if plan.erase_factors else bwd
+            bwd = fwd if factors else bwd
         # with a decay per key channel the key channels come in blocks
         warps = 4 if BK <= 128 or plan.decay == "key" or large else 8
         # loads ahead pay where the rows of products have to be made and are loaded too

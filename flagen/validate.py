@@ -52,7 +52,7 @@ _KERNEL_NAMES = """o den do h h0 ht hc hs hp dh dh0 dht dhp z z0 zt zc zs zp dz 
     compose read_rows dense dden summed factors hw dhw dhs intra run unit_inverse erase_level erase_scores
     erase_apply turn turned sigmoid_of_minus rq ra rb rk fs fn en made decays gsum packed columns fork join sides
     store_columns COLUMNS starts of_value times place span states slots given table inv dzs FACTORS
-    sum_columns from_rows to_rows nearest join_blocks block_inverses ends run_adjoints begun"""
+    sum_columns from_rows to_rows nearest join_blocks block_inverses ends run_adjoints carry begun"""
 KERNEL_NAMES = frozenset(_KERNEL_NAMES.split())
 AXES_OF = dict.fromkeys(("query", "key", "phase", "bonus", "erase_a", "erase_b"), "bthk") | {"value": "bthv"}
 

@@ -989,7 +989,7 @@ def comba_bwd_kernel(
 # The states that pieces begin with, or with REVERSE the adjoints that they end with, from one piece to the next. ends [pieces, H, K, V + K]: what
 # comes of zero, and the matrix that is multiplied by what came before. starts [pieces, H, K, V]. A program owns a sequence, a head and a block of V.
 @triton.jit(do_not_specialize=["T", "N", "L", "NP"])
-def comba_join_kernel(
+def comba_carry_kernel(
     ends,
     starts,
     h0,
@@ -1374,13 +1374,13 @@ def run_adjoints(k, made, do, dhw, dht, dh0, dhs, cu_seqlens, scale, s, t, shape
     )
 
 
-def join(ends, h0, like, cu_seqlens, s, shape, L, reverse=False):
+def carry(ends, h0, like, cu_seqlens, s, shape, L, reverse=False):
     """What pieces of L tokens begin with (reverse: end with), [pieces, H, K, V], from h0 and the ends."""
     N, T, H, K, V, F = shape
     NP, rows = pieces(cu_seqlens, N, T, L)
     starts = state(rows, H, F, V, like)
     BV = min(64, s.BV)
-    comba_join_kernel[(triton.cdiv(V, BV), N * H)](
+    comba_carry_kernel[(triton.cdiv(V, BV), N * H)](
         ends,
         starts,
         h0,
@@ -1419,7 +1419,7 @@ def fwd(q, k, v, g, beta, b, d, h0, cu_seqlens, scale, s, final=False, save=Fals
     if L:
         ends = state(pieces(cu_seqlens, N, T, L)[1], H, F, V + K, like)
         run(v, k, made, None, None, None, ends, None, cu_seqlens, scale, s, s.rows, shape, L, s.LC, True)
-        h0 = join(ends, h0, like, cu_seqlens, s, shape, L)
+        h0 = carry(ends, h0, like, cu_seqlens, s, shape, L)
     run(v, k, made, o, None, h0, ht, hc, cu_seqlens, scale, s, s.fwd, shape, L, s.LC)
     return o, ht, hc, *(kept.values() if save else ())
 
@@ -1464,7 +1464,7 @@ def bwd(q, k, v, g, beta, b, d, do, hc, kept, dht, cu_seqlens, scale, s, needs, 
     if s.bwd_L:
         ends = state(pieces(cu_seqlens, N, T, s.bwd_L)[1], H, F, V + K, like)
         run_adjoints(*begun, None, None, ends, None, *adjoints, s.rows, shape, s.bwd_L, True)
-        dht = join(ends, dht, like, cu_seqlens, s, shape, s.bwd_L, True)
+        dht = carry(ends, dht, like, cu_seqlens, s, shape, s.bwd_L, True)
     run_adjoints(*begun, dhw, dht, dh0, dhs, *adjoints, s.bwd, shape, s.bwd_L)
     t = s.bwd_intra
     comba_bwd_kernel[(chunks * H,)](

@@ -88,6 +88,9 @@ def test_tiles_warps_and_pieces_are_those_of_the_schedule():
     assert [name for name, _ in named(found.backward)] == ["bwd_state", "scan", "dk", "dv", "dq"]
     whole = estimated("retnet", 1, 8192, 96, 128, 128)
     assert [name for name, _ in named(whole.forward)] == ["fwd"]
+    erase = estimated("delta_net", 1, 65536, 4, 128, 128)
+    short = [name.removeprefix("net_") for name, _ in named(erase.forward) + named(erase.backward)]
+    assert short == ["intra", "fwd", "carry", "fwd", "fwd", "bwd_state", "carry", "bwd_state", "bwd"]
 
 
 def test_the_schedule_is_that_of_the_device_asked_for():

@@ -154,6 +154,20 @@ def test_chunks_are_as_long_as_tiles_allow(spec, K, dtype, given, tokens):
 
 
 @pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "comba", "kda", "rwkv7"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_few_sequences_with_an_erase_are_cut(name, dtype):
+    """Where multiprocessors are left for twice the work and more; at checkpoints, both ways alike."""
+    plan = make_plan(analyse(specs.get(name)))
+    cuts = {}
+    for T, H in ((65536, 4), (16384, 16), (512, 4), (8192, 96), (16384, 64)):
+        s = schedule(plan, Shape.dense(1, T, H, 128, 128), dtype)
+        assert s.fwd_L == s.bwd_L and s.fwd_L % s.LC == 0
+        cuts[T, H] = -(-T // s.fwd_L) if s.fwd_L else 1
+    assert cuts[512, 4] == cuts[8192, 96] == cuts[16384, 64] == 1
+    assert 4 <= cuts[16384, 16] <= 132 // 16 and 8 <= cuts[65536, 4] <= 132 // 4
+
+
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "comba", "kda", "rwkv7"])
 def test_few_sequences_have_half_a_state_in_a_program(name):
     """As long as each half has a multiprocessor of its own; what starts at every checkpoint has all of a state."""
     plan = make_plan(analyse(specs.get(name)))

@@ -6,7 +6,7 @@ import bf16_interpreter
 import pytest
 import torch
 from cases import ALL, extreme, make
-from harness import compare
+from harness import compare, pieces
 
 from flagen import specs
 
@@ -49,3 +49,17 @@ def test_tokens_that_take_nothing_away(name, dtype, monkeypatch):
     inputs[beta][:, ::3] = 0.0
     inputs[key] = torch.where(torch.arange(45)[:, None, None] % 4 == 1, 40 * inputs[key], inputs[key])
     compare(spec, 1, 45, 2, 40, 20, inputs=tuple(inputs), chunk=32, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "comba", "kda", "rwkv7"])
+@pytest.mark.parametrize(
+    ("dtype", "cu"), [(torch.bfloat16, None), (torch.float32, [0, 40, 40, 70])], ids=["bf16-dense", "fp32-packed"]
+)
+def test_what_passes_pieces(name, dtype, cu, monkeypatch):
+    """More key channels than a piece has tokens, so that no piece erases all that came before; and several blocks of
+    the products with what takes states through."""
+    bf16_interpreter.repair(monkeypatch)
+    sizes = (1 if cu else 2, 75, 3, 100, 20)
+    inputs = make(specs.get(name), *sizes, sequences=len(cu) - 1 if cu else None)
+    weak = [x / 8 if one.name in ("g", "w") else x for one, x in zip(specs.get(name).inputs, inputs, strict=True)]
+    compare(specs.get(name), *sizes, inputs=tuple(weak), cu=cu, patch=pieces(32), dtype=dtype)
