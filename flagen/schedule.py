@@ -194,7 +194,7 @@ def schedule(
             bwd_intra = Tile(BT, 64, 4, 2)
     if plan.erase:
         # the registers that a state of 256 rows leaves hold no more of it than half, and blocks of chunks are large
-        large = low and BF == 256 and erase_bytes(plan, BT, BF, min(whole, 128), 2) <= device.shared
+        large = low and BF == 256 and erase_bytes(plan, BT, BF, min(whole, 128), 2) + (16 << 10) <= device.shared
         serial = fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == whole == 128)
         if large:
             serial = fwd = bwd = Tile(BT, min(whole, 128), 8 if whole > 64 else 4, 2)
