@@ -163,7 +163,7 @@ OWN_BLOCKS = frozenset(
     zkey ce vf rn wt nz kz ones dw row rest last sums even odd
     da db derase derase_a derase_b pA pB pC pD
     on ez nq nb xz rkey hd hwd qdi kdi tn aq ak ce se zri zli dqdr dqdi dkdr dkdi ally es one rows gn_ahead tn_ahead
-    dfar qfar kfar kfari xlfar ylfar dfactor ow less kt qt half with vt
+    dfar qfar kfar kfari xlfar ylfar dfactor ow less kt qt half with vt h2 dh2 en2 rq2 ra2 rb2 rk2
     """.split()  # noqa: SIM905
 )
 

@@ -193,7 +193,11 @@ def schedule(
             bwd = tile(BT, half, BF * half * parts, 3)
             bwd_intra = Tile(BT, 64, 4, 2)
     if plan.erase:
+        # the registers that a state of 256 rows leaves hold no more of it than half, and blocks of chunks are large
+        large = low and BF == 256 and erase_bytes(plan, BT, BF, min(whole, 128), 2) + (16 << 10) <= device.shared
         serial = fwd = bwd = erase_tile(plan, BT, BF, BV, device, low and BF == whole == 128)
+        if large:
+            serial = fwd = bwd = Tile(BT, min(whole, 128), 8 if whole > 64 else 4, 2)
         staged, factors = serial.num_stages == 3, bool(plan.erase_factors)
         erase_L, halves = carried(shape, serial.BV, BT, LC, staged, factors, device)
         if halves:
@@ -201,16 +205,21 @@ def schedule(
             fwd = Tile(BT, BV // 2, 4, 3)
             bwd = fwd if factors else bwd
         # with a decay per key channel the key channels come in blocks
-        warps = 4 if BK <= 128 or plan.decay == "key" else 8
+        warps = 4 if BK <= 128 or plan.decay == "key" or large else 8
         # loads ahead pay where the rows of products have to be made and are loaded too
         stages = 2 if square and plan.delta and plan.made_rows and plan.decay != "key" else 1
         intra, bwd_intra = Tile(BT, 64, warps, 1), Tile(BT, min(64, 8192 // BK), 8, stages)
+        if large and plan.decay != "key":
+            bwd_intra = Tile(BT, 64, 8, 2)
+        elif large and not plan.delta:
+            # with 8 warps ptxas keeps next to nothing in registers
+            bwd_intra = Tile(BT, 64, 16, 1)
         if plan.decay == "key" and low:
             # four warps hold the rows of a chunk of 32 twice
             intra = Tile(BT, 32, 2, 1)
     rows = turned_tile(BT, BK, whole, bwd.num_stages) if plan.turned else sweep_tile(BT, BK, whole, low)
     if plan.erase:
-        rows = serial if serial.num_stages == 3 else Tile(BT, serial.BV, serial.num_warps, 1)
+        rows = serial if serial.num_stages == 3 or large else Tile(BT, serial.BV, serial.num_warps, 1)
     # a program has a tile of features, and three fit a multiprocessor
     states = -(-programs * -(-rows_of_state(plan, shape.K) // BF) // 3) if plan.tiled else programs
     fwd_L = erase_L if plan.erase else piece(shape, states * -(-shape.V // fwd.BV), device, LC)
@@ -331,12 +340,9 @@ def erase_tile(plan: Plan, BT: int, BF: int, BV: int, device: Device, whole: boo
     """The tile of the serial kernels of an erase. whole: the state is 128 x 128, with bf16 operands: chunks are loaded
     early, with all of the state in a program or, where that does not fit, half of it and two programs a multiprocessor.
     Else they are not; blocks of 32 value channels are not believed."""
-    pairs = 2 if plan.delta else 4
-    chunk_bytes = 2 * BT * (len(plan.erase_rows) * BF + pairs * BT)
+    chunk_bytes = 2 * BT * (len(plan.erase_rows) * BF + (2 if plan.delta else 4) * BT)
     held = 2 * BT * BV + (16 << 10)  # the value is no operand as it lies, and the state's roundings need a place
-    # with the value, four numbers a row, a matrix of ones, and where blocks are turned
-    loaded = 3 * (chunk_bytes + 2 * BT * (BV + 8)) + 2 * BT * BT + (4 << 10)
-    if whole and plan.erase_factors and loaded <= device.shared:
+    if whole and plan.erase_factors and erase_bytes(plan, BT, BF, BV, 3) <= device.shared:
         return Tile(BT, BV, 8, 3)
     if whole and plan.erase_factors and 2 * (2 * chunk_bytes + held // 2) <= device.shared:
         return Tile(BT, 64, 4, 2)
@@ -344,3 +350,10 @@ def erase_tile(plan: Plan, BT: int, BF: int, BV: int, device: Device, whole: boo
         return Tile(BT, BV, 8, 3)
     size = max(64, BV if BF > 128 else value_block(BV, BF, STATE_ELEMENTS // 2))
     return tile(BT, size, BF * size, 1)
+
+
+def erase_bytes(plan: Plan, BT: int, BF: int, BV: int, stages: int) -> int:
+    """Bytes of shared memory of a serial kernel of an erase whose chunks are loaded early: rows, pairs, the value and
+    four numbers a row of each stage, a matrix of ones, and where blocks are turned."""
+    chunk_bytes = 2 * BT * (len(plan.erase_rows) * BF + (2 if plan.delta else 4) * BT)
+    return stages * (chunk_bytes + 2 * BT * (BV + 8)) + 2 * BT * BT + (4 << 10)

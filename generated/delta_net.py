@@ -304,22 +304,30 @@ def delta_net_fwd_kernel(
     k += (i_h // G_k) * k_sh
     if fs is not None:
         fs += (i_b * H + i_h) * T * 4
+    WIDE: tl.constexpr = K > BK
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
+    o_k2 = o_k + BK
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
+    m_k2 = o_k2 < K
     m_v = o_v < V
     o_vk = o_k[None, :] * V + o_v[:, None]
     m_vk = m_v[:, None] & m_k[None, :]
+    m_vk2 = m_v[:, None] & m_k2[None, :]
 
     if o is None:
         # the states before all chunks, from those that were kept; with ENDS only what becomes of them
         # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
         b_h = tl.zeros([BV, BK], dtype=tl.float32)
+        b_h2 = b_h
         if ENDS:
             b_h = tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0)
+            b_h2 = tl.where(o_v[:, None] - V == o_k2[None, :], 1.0, 0.0)
         if h0 is not None:
             b_h = tl.load(h0 + (i_ph) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+            if WIDE:
+                b_h2 = tl.load(h0 + (i_ph) * (K * V) + (o_vk + BK * V), mask=m_vk2, other=0.0).to(tl.float32)
         b_one = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0).to(DOT)
         for i_c in range(i_start // BT, tl.cdiv(i_end, BT)):
             i_t = i_c * BT
@@ -332,14 +340,22 @@ def delta_net_fwd_kernel(
             o_row = (i_b * T + o_t) * H + i_h
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
+            m_tk2 = m_t[:, None] & m_k2[None, :]
             i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
             if not ENDS:
                 store_columns(hc + i_s * (K * V), b_h.to(hc.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
+                if WIDE:
+                    store_columns(hc + (i_s * K + BK) * V, b_h2.to(hc.dtype.element_ty), 0, K - BK, V, i_v, V, BV, BK)
             # [BT, BK]
             b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+            if WIDE:
+                b_rb2 = tl.load(k + (o_t[:, None] * k_st + o_k2[None, :]), mask=m_tk2, other=0.0).to(DOT)
             b_hd = b_h.to(DOT)
             # [BV, BT]
             b_hw = tl.dot(b_hd, tl.trans(b_rb), input_precision=PRECISION)
+            if WIDE:
+                b_hd = b_h2.to(DOT)
+                b_hw = tl.dot(b_hd, tl.trans(b_rb2), b_hw, input_precision=PRECISION)
             b_fq, b_fa, b_fb, b_vf = columns(tl.load(fs + (o_t[:, None] * 4 + tl.arange(0, 4)[None, :]), mask=m_t[:, None], other=0.0), BT)
             # [BT, BV]
             p_x = v + o_t[:, None] * v_st + o_v[None, :]
@@ -355,14 +371,22 @@ def delta_net_fwd_kernel(
             b_hw = tl.dot(b_hw.to(DOT), tl.trans(b_M), b_hw, input_precision=PRECISION)
             if not ENDS:
                 store_columns(hw + ((i_b * T + i_t) * H + i_h) * V, b_hw.to(hw.dtype.element_ty), i_lo, i_lo + n_t, H * V, i_v, V, BV, BT)
-            b_h = tl.dot((b_hw * b_fb[None, :]).to(DOT), b_rb, b_h, input_precision=PRECISION)
+            b_x = (b_hw * b_fb[None, :]).to(DOT)
+            b_h = tl.dot(b_x, b_rb, b_h, input_precision=PRECISION)
+            if WIDE:
+                b_h2 = tl.dot(b_x, b_rb2, b_h2, input_precision=PRECISION)
         if ENDS:
             store_columns(ht + i_ph * (K * (V + K)), b_h, 0, K, V + K, i_v, V + K, BV, BK)
+            if WIDE:
+                store_columns(ht + (i_ph * K + BK) * (V + K), b_h2, 0, K - BK, V + K, i_v, V + K, BV, BK)
     else:
         # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
         b_h = tl.zeros([BV, BK], dtype=tl.float32)
+        b_h2 = b_h
         if h0 is not None:
             b_h = tl.load(h0 + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+            if WIDE:
+                b_h2 = tl.load(h0 + (i_ph if PIECES else i_nh) * (K * V) + (o_vk + BK * V), mask=m_vk2, other=0.0).to(tl.float32)
         b_one = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0).to(DOT)
 
         # from one checkpoint to the next: a store inside the inner loop would take registers in each of its turns
@@ -372,6 +396,8 @@ def delta_net_fwd_kernel(
                 i_next = tl.minimum(i_end, (i_l + 1) * LC)
                 i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
                 store_columns(hc + i_s * (K * V), b_h.to(hc.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
+                if WIDE:
+                    store_columns(hc + (i_s * K + BK) * V, b_h2.to(hc.dtype.element_ty), 0, K - BK, V, i_v, V, BV, BK)
             for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
                 i_t = i_c * BT
                 i_lo = tl.maximum(i_start - i_t, 0)
@@ -383,14 +409,23 @@ def delta_net_fwd_kernel(
                 o_row = (i_b * T + o_t) * H + i_h
                 m_tk = m_t[:, None] & m_k[None, :]
                 m_tv = m_t[:, None] & m_v[None, :]
+                m_tk2 = m_t[:, None] & m_k2[None, :]
                 # [BT, BK]
                 b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+                if WIDE:
+                    b_rb2 = tl.load(k + (o_t[:, None] * k_st + o_k2[None, :]), mask=m_tk2, other=0.0).to(DOT)
                 b_hd = b_h.to(DOT)
                 # [BV, BT]
                 b_hw = tl.dot(b_hd, tl.trans(b_rb), input_precision=PRECISION)
                 # [BT, BK]
                 b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+                if WIDE:
+                    b_rq2 = tl.load(q + (o_t[:, None] * q_st + o_k2[None, :]), mask=m_tk2, other=0.0).to(DOT)
                 b_o = tl.dot(b_hd, tl.trans(b_rq), input_precision=PRECISION)
+                if WIDE:
+                    b_hd = b_h2.to(DOT)
+                    b_hw = tl.dot(b_hd, tl.trans(b_rb2), b_hw, input_precision=PRECISION)
+                    b_o = tl.dot(b_hd, tl.trans(b_rq2), b_o, input_precision=PRECISION)
                 b_fq, b_fa, b_fb, b_vf = columns(tl.load(fs + (o_t[:, None] * 4 + tl.arange(0, 4)[None, :]), mask=m_t[:, None], other=0.0), BT)
                 b_o *= b_fq[None, :]
                 # [BT, BV]
@@ -406,7 +441,10 @@ def delta_net_fwd_kernel(
                 b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
                 b_hw = tl.dot(b_hw.to(DOT), tl.trans(b_M), b_hw, input_precision=PRECISION)
                 b_hwd = b_hw.to(DOT)
-                b_h = tl.dot((b_hw * b_fb[None, :]).to(DOT), b_rb, b_h, input_precision=PRECISION)
+                b_x = (b_hw * b_fb[None, :]).to(DOT)
+                b_h = tl.dot(b_x, b_rb, b_h, input_precision=PRECISION)
+                if WIDE:
+                    b_h2 = tl.dot(b_x, b_rb2, b_h2, input_precision=PRECISION)
                 # [BT, BT]
                 b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
                 b_o = tl.dot(b_hwd, tl.trans(b_A), b_o, input_precision=PRECISION)
@@ -415,6 +453,8 @@ def delta_net_fwd_kernel(
         if ht is not None:
             if is_last:
                 store_columns(ht + i_nh * (K * V), b_h.to(ht.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
+                if WIDE:
+                    store_columns(ht + (i_nh * K + BK) * V, b_h2.to(ht.dtype.element_ty), 0, K - BK, V, i_v, V, BV, BK)
 
 
 # The adjoints of the state, backward in time: dhs, those at the ends of chunks, and dhw [B, T, H, V], (1 + M)^T times the gradient of what
@@ -479,20 +519,28 @@ def delta_net_bwd_state_kernel(
     k += (i_h // G_k) * k_sh
     if fs is not None:
         fs += (i_b * H + i_h) * T * 4
+    WIDE: tl.constexpr = K > BK
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
+    o_k2 = o_k + BK
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
+    m_k2 = o_k2 < K
     m_v = o_v < V
     o_vk = o_k[None, :] * V + o_v[:, None]
     m_vk = m_v[:, None] & m_k[None, :]
+    m_vk2 = m_v[:, None] & m_k2[None, :]
 
     # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
     b_dh = tl.zeros([BV, BK], dtype=tl.float32)
+    b_dh2 = b_dh
     if ENDS:
         b_dh = tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0)
+        b_dh2 = tl.where(o_v[:, None] - V == o_k2[None, :], 1.0, 0.0)
     if dht is not None:
         b_dh = tl.load(dht + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+        if WIDE:
+            b_dh2 = tl.load(dht + (i_ph if PIECES else i_nh) * (K * V) + (o_vk + BK * V), mask=m_vk2, other=0.0).to(tl.float32)
     b_one = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0).to(DOT)
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
@@ -508,13 +556,20 @@ def delta_net_bwd_state_kernel(
         o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
+        m_tk2 = m_t[:, None] & m_k2[None, :]
         i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
         if not ENDS:
             store_columns(dhs + i_s * (K * V), b_dh.to(dhs.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
+            if WIDE:
+                store_columns(dhs + (i_s * K + BK) * V, b_dh2.to(dhs.dtype.element_ty), 0, K - BK, V, i_v, V, BV, BK)
         # [BT, BK]
         b_rb = tl.load(k + (o_t[:, None] * k_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+        if WIDE:
+            b_rb2 = tl.load(k + (o_t[:, None] * k_st + o_k2[None, :]), mask=m_tk2, other=0.0).to(DOT)
         # [BV, BT]
         b_dhw = tl.dot(b_dh.to(DOT), tl.trans(b_rb), input_precision=PRECISION)
+        if WIDE:
+            b_dhw = tl.dot(b_dh2.to(DOT), tl.trans(b_rb2), b_dhw, input_precision=PRECISION)
         b_fq, b_fa, b_fb, b_vf = columns(tl.load(fs + (o_t[:, None] * 4 + tl.arange(0, 4)[None, :]), mask=m_t[:, None], other=0.0), BT)
         b_dhw *= b_fb[None, :]
         # [BT, BV]
@@ -527,21 +582,33 @@ def delta_net_bwd_state_kernel(
         b_dhw = tl.dot(b_dhw.to(DOT), b_M, b_dhw, input_precision=PRECISION)
         if not ENDS:
             store_columns(dhw + ((i_b * T + i_t) * H + i_h) * V, b_dhw.to(dhw.dtype.element_ty), i_lo, i_lo + n_t, H * V, i_v, V, BV, BT)
-        b_dh = tl.dot((b_dhw * -b_fa[None, :]).to(DOT), b_rb, b_dh, input_precision=PRECISION)
+        b_x = (b_dhw * -b_fa[None, :]).to(DOT)
+        b_dh = tl.dot(b_x, b_rb, b_dh, input_precision=PRECISION)
+        if WIDE:
+            b_dh2 = tl.dot(b_x, b_rb2, b_dh2, input_precision=PRECISION)
         # [BT, BK]
         b_rq = tl.load(q + (o_t[:, None] * q_st + o_k[None, :]), mask=m_tk, other=0.0).to(DOT)
+        if WIDE:
+            b_rq2 = tl.load(q + (o_t[:, None] * q_st + o_k2[None, :]), mask=m_tk2, other=0.0).to(DOT)
         # [BV, BT]
         if DOT == tl.bfloat16:
             b_dot = tl.dot(tl.trans(b_do.to(DOT)), b_one, input_precision=PRECISION)
         else:
             b_dot = tl.trans(b_do.to(tl.float32))
-        b_dh = tl.dot((b_dot * b_fq[None, :]).to(DOT), b_rq, b_dh, input_precision=PRECISION)
+        b_x = (b_dot * b_fq[None, :]).to(DOT)
+        b_dh = tl.dot(b_x, b_rq, b_dh, input_precision=PRECISION)
+        if WIDE:
+            b_dh2 = tl.dot(b_x, b_rq2, b_dh2, input_precision=PRECISION)
 
     if dh0 is not None:
         if ENDS:
             store_columns(dh0 + i_ph * (K * (V + K)), b_dh, 0, K, V + K, i_v, V + K, BV, BK)
+            if WIDE:
+                store_columns(dh0 + (i_ph * K + BK) * (V + K), b_dh2, 0, K - BK, V + K, i_v, V + K, BV, BK)
         elif is_first:
             store_columns(dh0 + i_nh * (K * V), b_dh.to(dh0.dtype.element_ty), 0, K, V, i_v, V, BV, BK)
+            if WIDE:
+                store_columns(dh0 + (i_nh * K + BK) * V, b_dh2.to(dh0.dtype.element_ty), 0, K - BK, V, i_v, V, BV, BK)
 
 
 # All gradients. A program owns a chunk and a head; it has the states hs at the chunk's start and their adjoints dhs at its end, what
@@ -1051,7 +1118,7 @@ def run(v, q, k, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC,
         F=F,
         LC=LC,
         BT=t.BT,
-        BK=s.BK,
+        BK=min(s.BK, 128) if s.DOT == tl.bfloat16 else s.BK,
         BV=t.BV,
         BF=s.BF,
         PIECES=bool(L),
@@ -1100,7 +1167,7 @@ def run_adjoints(q, k, made, do, dhw, dht, dh0, dhs, cu_seqlens, scale, s, t, sh
         V=V,
         F=F,
         BT=t.BT,
-        BK=s.BK,
+        BK=min(s.BK, 128) if s.DOT == tl.bfloat16 else s.BK,
         BV=t.BV,
         BF=s.BF,
         PIECES=bool(L),

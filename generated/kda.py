@@ -540,20 +540,28 @@ def kda_fwd_kernel(
     v += (i_h // G_v) * v_sh
     beta += i_b * beta_sb
     beta += (i_h // G_beta) * beta_sh
+    WIDE: tl.constexpr = K > BK
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
+    o_k2 = o_k + BK
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
+    m_k2 = o_k2 < K
     m_v = o_v < V
     o_vk = o_k[None, :] * V + o_v[:, None]
     m_vk = m_v[:, None] & m_k[None, :]
+    m_vk2 = m_v[:, None] & m_k2[None, :]
 
     # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
     b_h = tl.zeros([BV, BK], dtype=tl.float32)
+    b_h2 = b_h
     if ENDS:
         b_h = tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0)
+        b_h2 = tl.where(o_v[:, None] - V == o_k2[None, :], 1.0, 0.0)
     if h0 is not None:
         b_h = tl.load(h0 + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+        if WIDE:
+            b_h2 = tl.load(h0 + (i_ph if PIECES else i_nh) * (K * V) + (o_vk + BK * V), mask=m_vk2, other=0.0).to(tl.float32)
 
     # from one checkpoint to the next: a store inside the inner loop would take registers in each of its turns
     for i_l in range(i_start // LC, tl.cdiv(i_end, LC) if hc is not None else i_start // LC + 1):
@@ -562,6 +570,8 @@ def kda_fwd_kernel(
             i_next = tl.minimum(i_end, (i_l + 1) * LC)
             i_s = (i_l + (i_n * NC if cu_seqlens is None else i_n)) * H + i_h
             tl.store(hc + i_s * (K * V) + o_vk, b_h.to(hc.dtype.element_ty), mask=m_vk)
+            if WIDE:
+                tl.store(hc + i_s * (K * V) + (o_vk + BK * V), b_h2.to(hc.dtype.element_ty), mask=m_vk2)
         for i_c in range(tl.maximum(i_start, i_l * LC) // BT, tl.cdiv(i_next, BT)):
             i_t = i_c * BT
             i_lo = tl.maximum(i_start - i_t, 0)
@@ -573,13 +583,20 @@ def kda_fwd_kernel(
             o_row = (i_b * T + o_t) * H + i_h
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
+            m_tk2 = m_t[:, None] & m_k2[None, :]
             i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
             b_en = tl.load(en + i_s * K + o_k, mask=m_k, other=0.0)
+            if WIDE:
+                b_en2 = tl.load(en + i_s * K + o_k2, mask=m_k2, other=0.0)
             # [BT, BK]
             b_ra = tl.load(ra + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+            if WIDE:
+                b_ra2 = tl.load(ra + (o_row[:, None] * K + o_k2[None, :]), mask=m_tk2, other=0.0)
             b_hd = b_h.to(DOT)
             # [BV, BT]
             b_hw = tl.dot(b_hd, tl.trans(b_ra), input_precision=PRECISION)
+            if WIDE:
+                b_hw = tl.dot(b_h2.to(DOT), tl.trans(b_ra2), b_hw, input_precision=PRECISION)
             # [BT, BV]
             p_x = v + o_t[:, None] * v_st + o_v[None, :]
             b_v = tl.load(p_x, mask=m_tv, other=0.0).to(tl.float32)
@@ -596,12 +613,22 @@ def kda_fwd_kernel(
                 tl.store(hw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_hw.to(hw.dtype.element_ty)), mask=m_tv)
             # [BT, BK]
             b_rb = tl.load(rb + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+            if WIDE:
+                b_rb2 = tl.load(rb + (o_row[:, None] * K + o_k2[None, :]), mask=m_tk2, other=0.0)
             if o is not None:
                 # [BT, BK]
                 b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+                if WIDE:
+                    b_rq2 = tl.load(rq + (o_row[:, None] * K + o_k2[None, :]), mask=m_tk2, other=0.0)
                 b_o = tl.dot(b_hd, tl.trans(b_rq), input_precision=PRECISION)
+                if WIDE:
+                    b_o = tl.dot(b_h2.to(DOT), tl.trans(b_rq2), b_o, input_precision=PRECISION)
             b_h *= b_en[None, :]
+            if WIDE:
+                b_h2 *= b_en2[None, :]
             b_h = tl.dot(b_hwd, b_rb, b_h, input_precision=PRECISION)
+            if WIDE:
+                b_h2 = tl.dot(b_hwd, b_rb2, b_h2, input_precision=PRECISION)
             if o is not None:
                 # [BT, BT]
                 b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
@@ -612,8 +639,12 @@ def kda_fwd_kernel(
     if ht is not None:
         if ENDS:
             tl.store(ht + i_ph * (K * (V + K)) + (o_k[None, :] * (V + K) + o_v[:, None]), b_h, mask=(o_v < V + K)[:, None] & m_k[None, :])
+            if WIDE:
+                tl.store(ht + i_ph * (K * (V + K)) + (o_k2[None, :] * (V + K) + o_v[:, None]), b_h2, mask=(o_v < V + K)[:, None] & m_k2[None, :])
         elif is_last:
             tl.store(ht + i_nh * (K * V) + o_vk, b_h.to(ht.dtype.element_ty), mask=m_vk)
+            if WIDE:
+                tl.store(ht + i_nh * (K * V) + (o_vk + BK * V), b_h2.to(ht.dtype.element_ty), mask=m_vk2)
 
 
 # The adjoints of the state, backward in time: dhs, those at the ends of chunks, and dhw [B, T, H, V], (1 + M)^T times the gradient of what
@@ -668,20 +699,28 @@ def kda_bwd_state_kernel(
     i_ph = i_p.to(tl.int64) * H + i_h
     i_nh = i_n * H + i_h
 
+    WIDE: tl.constexpr = K > BK
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
+    o_k2 = o_k + BK
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
+    m_k2 = o_k2 < K
     m_v = o_v < V
     o_vk = o_k[None, :] * V + o_v[:, None]
     m_vk = m_v[:, None] & m_k[None, :]
+    m_vk2 = m_v[:, None] & m_k2[None, :]
 
     # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
     b_dh = tl.zeros([BV, BK], dtype=tl.float32)
+    b_dh2 = b_dh
     if ENDS:
         b_dh = tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0)
+        b_dh2 = tl.where(o_v[:, None] - V == o_k2[None, :], 1.0, 0.0)
     if dht is not None:
         b_dh = tl.load(dht + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
+        if WIDE:
+            b_dh2 = tl.load(dht + (i_ph if PIECES else i_nh) * (K * V) + (o_vk + BK * V), mask=m_vk2, other=0.0).to(tl.float32)
 
     n_c = tl.cdiv(i_end, BT) - i_start // BT
     for i in range(n_c):
@@ -696,12 +735,19 @@ def kda_bwd_state_kernel(
         o_row = (i_b * T + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
+        m_tk2 = m_t[:, None] & m_k2[None, :]
         # [BT, BK]
         b_rq = tl.load(rq + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        if WIDE:
+            b_rq2 = tl.load(rq + (o_row[:, None] * K + o_k2[None, :]), mask=m_tk2, other=0.0)
         # [BT, BK]
         b_ra = tl.load(ra + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        if WIDE:
+            b_ra2 = tl.load(ra + (o_row[:, None] * K + o_k2[None, :]), mask=m_tk2, other=0.0)
         # [BT, BK]
         b_rb = tl.load(rb + (o_row[:, None] * K + o_k[None, :]), mask=m_tk, other=0.0)
+        if WIDE:
+            b_rb2 = tl.load(rb + (o_row[:, None] * K + o_k2[None, :]), mask=m_tk2, other=0.0)
         # [BT, BT]
         b_M = tl.load(M + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
         b_A = tl.load(A + o_row[:, None] * BT + o_i[None, :], mask=m_t[:, None], other=0.0)
@@ -710,23 +756,41 @@ def kda_bwd_state_kernel(
         b_do = tl.load(p_do, mask=m_tv, other=0.0).to(DOT)
         i_s = (i_t // BT + (i_n * NT if cu_seqlens is None else i_n)) * H + i_h
         b_en = tl.load(en + i_s * K + o_k, mask=m_k, other=0.0)
+        if WIDE:
+            b_en2 = tl.load(en + i_s * K + o_k2, mask=m_k2, other=0.0)
         if not ENDS:
             tl.store(dhs + i_s * (K * V) + o_vk, b_dh.to(dhs.dtype.element_ty), mask=m_vk)
+            if WIDE:
+                tl.store(dhs + i_s * (K * V) + (o_vk + BK * V), b_dh2.to(dhs.dtype.element_ty), mask=m_vk2)
         # [BV, BT]
         b_dhw = tl.dot(b_dh.to(DOT), tl.trans(b_rb), input_precision=PRECISION)
+        if WIDE:
+            b_dhw = tl.dot(b_dh2.to(DOT), tl.trans(b_rb2), b_dhw, input_precision=PRECISION)
         b_dhw = plus(b_dhw, tl.dot(tl.trans(b_do), b_A, input_precision=PRECISION))
         b_dhw = tl.dot(b_dhw.to(DOT), b_M, b_dhw, input_precision=PRECISION)
         if not ENDS:
             tl.store(dhw + (o_row[:, None] * V + o_v[None, :]), tl.trans(b_dhw.to(dhw.dtype.element_ty)), mask=m_tv)
         b_dh *= b_en[None, :]
-        b_dh = tl.dot(tl.trans(b_do), b_rq, b_dh, input_precision=PRECISION)
-        b_dh = tl.dot((b_dhw * -1.0).to(DOT), b_ra, b_dh, input_precision=PRECISION)
+        if WIDE:
+            b_dh2 *= b_en2[None, :]
+        b_x = tl.trans(b_do)
+        b_dh = tl.dot(b_x, b_rq, b_dh, input_precision=PRECISION)
+        if WIDE:
+            b_dh2 = tl.dot(b_x, b_rq2, b_dh2, input_precision=PRECISION)
+        b_x = (b_dhw * -1.0).to(DOT)
+        b_dh = tl.dot(b_x, b_ra, b_dh, input_precision=PRECISION)
+        if WIDE:
+            b_dh2 = tl.dot(b_x, b_ra2, b_dh2, input_precision=PRECISION)
 
     if dh0 is not None:
         if ENDS:
             tl.store(dh0 + i_ph * (K * (V + K)) + (o_k[None, :] * (V + K) + o_v[:, None]), b_dh, mask=(o_v < V + K)[:, None] & m_k[None, :])
+            if WIDE:
+                tl.store(dh0 + i_ph * (K * (V + K)) + (o_k2[None, :] * (V + K) + o_v[:, None]), b_dh2, mask=(o_v < V + K)[:, None] & m_k2[None, :])
         elif is_first:
             tl.store(dh0 + i_nh * (K * V) + o_vk, b_dh.to(dh0.dtype.element_ty), mask=m_vk)
+            if WIDE:
+                tl.store(dh0 + i_nh * (K * V) + (o_vk + BK * V), b_dh2.to(dh0.dtype.element_ty), mask=m_vk2)
 
 
 # All gradients. A program owns a chunk and a head; it has the states hs at the chunk's start and their adjoints dhs at its end, what
@@ -1314,7 +1378,7 @@ def run(v, beta, made, o, hw, h0, ht, hc, cu_seqlens, scale, s, t, shape, L, LC,
         F=F,
         LC=LC,
         BT=t.BT,
-        BK=s.BK,
+        BK=min(s.BK, 128) if s.DOT == tl.bfloat16 else s.BK,
         BV=t.BV,
         BF=s.BF,
         PIECES=bool(L),
@@ -1358,7 +1422,7 @@ def run_adjoints(made, do, dhw, dht, dh0, dhs, cu_seqlens, scale, s, t, shape, L
         V=V,
         F=F,
         BT=t.BT,
-        BK=s.BK,
+        BK=min(s.BK, 128) if s.DOT == tl.bfloat16 else s.BK,
         BV=t.BV,
         BF=s.BF,
         PIECES=bool(L),

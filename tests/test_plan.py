@@ -16,7 +16,7 @@ from flagen.errors import SpecError
 from flagen.expr import Input, k, logsigmoid, sigmoid, taylor
 from flagen.plan import make_plan
 from flagen.render import render
-from flagen.schedule import Shape, schedule
+from flagen.schedule import HOPPER, Shape, schedule
 from flagen.spec import Spec
 
 EVERY = pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
@@ -177,3 +177,14 @@ def test_few_sequences_have_half_a_state_in_a_program(name):
     assert few.rows == many.rows and few.intra == many.intra and few.bwd_intra == many.bwd_intra
     wider = [schedule(plan, Shape.dense(1, 8192, H, 256, 128), torch.bfloat16) for H in (66, 67)]
     assert (wider[0].fwd, wider[0].bwd) == (wider[1].fwd, wider[1].bwd)
+
+
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "comba", "kda", "rwkv7"])
+def test_large_states_of_an_erase_are_halved_where_two_chunks_fit(name):
+    """256 rows in bf16: 128 columns a program and the next chunk loaded early; with one stage 8 warps go wrong."""
+    plan, shape = make_plan(analyse(specs.get(name))), Shape.dense(8, 2048, 32, 256, 256)
+    s = schedule(plan, shape, torch.bfloat16)
+    assert s.fwd == s.bwd == s.rows and (s.fwd.BV, s.fwd.num_warps, s.fwd.num_stages) == (128, 8, 2)
+    for dtype, shared in ((torch.float32, HOPPER.shared), (torch.bfloat16, 64 << 10)):
+        small = schedule(plan, shape, dtype, device=HOPPER._replace(shared=shared))
+        assert (small.fwd.BV, small.fwd.num_stages, small.rows.num_stages) == (64, 1, 1)

@@ -1,0 +1,26 @@
+"""Erase with more than 128 key channels in bf16: states in two halves of key channels."""
+
+from __future__ import annotations
+
+import bf16_interpreter
+import pytest
+import torch
+from cases import ALL
+from harness import compare, pieces
+
+from flagen import specs
+
+
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "comba", "kda", "rwkv7", "low_rank_scalar"])
+@pytest.mark.parametrize("key, value, cu", [(256, 64, None), (200, 136, [0, 5, 5, 70])], ids=["whole", "packed"])
+def test_states_in_two_halves(name, key, value, cu, monkeypatch):
+    """Also where the second half is not full, with blocks of V, kept states and states at the start and the end."""
+    bf16_interpreter.repair(monkeypatch)
+    spec = next(one for one in ALL if one.name == name)
+    compare(spec, 1, 70, 1, key, value, cu=cu, dtype=torch.bfloat16, chunk=32, checkpoint=32)
+
+
+@pytest.mark.parametrize("name", ["gated_delta_net", "kda"])
+def test_pieces_of_states_in_two_halves(name, monkeypatch):
+    bf16_interpreter.repair(monkeypatch)
+    compare(specs.get(name), 1, 80, 1, 256, 64, dtype=torch.bfloat16, chunk=32, checkpoint=32, patch=pieces(32))
