@@ -230,10 +230,9 @@ def schedule(
             bwd = serial_tile(BT, BF, BV // parts)
             beside = not bwd_L and leaves_idle(shape, programs * -(-shape.V // bwd.BV), BT, device)
     if low and BT == 64 and device.shared >= AHEAD and reads_inputs(plan):
-        if shape.K == 256:
-            bwd = serial_tile(BT, BF, 64)
-            # with a normaliser the forward spills, for which three stages leave no cache
-            fwd = fwd if plan.normalized else bwd
+        # with a normaliser both spill, for which three stages leave no cache, and on Blackwell dv would not fit
+        if shape.K == 256 and not plan.normalized:
+            fwd = bwd = serial_tile(BT, BF, 64)
         if shape.V == 256 and (plan.prepared or not plan.telescopes):
             rows = serial_tile(BT, whole, 64)
     # these pieces begin at checkpoints and cost next to nothing: enough of them to fill the device evenly
