@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CHECKPOINT = 256  # tokens between the states that the training forward keeps
 FEATURES = 64  # rows of a tile of a state over Taylor features of order 2; with 16 gradients were wrong on Hopper
 STAGED = 200 << 10  # bytes of shared memory that three stages of chunks and a state of 128 x 128 take at the most
+AHEAD = 227 << 10  # the same of three stages of chunks of 256 channels and a state of 256 x 64, where those are inputs
 # channels, of keys and of values, of the narrowest block of 16-bit operands: with 16 or 32 beside chunks of 64 outputs
 # and gradients were wrong with Triton 3.6 on Hopper, or an address was bad, whatever the kernel
 NARROWEST = 64
@@ -238,6 +239,12 @@ def schedule(
         if plan.swept:  # with a decay per key channel dv takes no less than with halves
             bwd = serial_tile(BT, BF, BV // parts)
             beside = not bwd_L and leaves_idle(shape, programs * -(-shape.V // bwd.BV), BT, device)
+    if low and BT == 64 and device.shared >= AHEAD and reads_inputs(plan):
+        # with a normaliser both spill, for which three stages leave no cache, and on Blackwell dv would not fit
+        if shape.K == 256 and not plan.normalized:
+            fwd = bwd = serial_tile(BT, BF, 64)
+        if shape.V == 256 and (plan.prepared or not plan.telescopes):
+            rows = serial_tile(BT, whole, 64)
     # these pieces begin at checkpoints and cost next to nothing: enough of them to fill the device evenly
     blocks, alone = programs * -(-shape.K // rows.BV), rows.num_stages == 3  # a program a multiprocessor
     dq_L = even(shape, blocks, rows.BT, LC, device) if alone else piece(shape, -(-blocks // 8), device, LC)
@@ -334,6 +341,14 @@ def turned_tile(BT: int, widest: int, others: int, stages: int) -> Tile:
 def serial_tile(BT: int, rows: int, columns: int) -> Tile:
     """The tile of a serial kernel whose next chunks are loaded while it works on one: a program a multiprocessor."""
     return Tile(BT, columns, 8 if rows * columns > STATE_ELEMENTS // 2 else 4, 3)
+
+
+def reads_inputs(plan: Plan) -> bool:
+    """Whether what sweeps load are inputs as they lie, or but for maps of queries and keys where no decay is loaded:
+    what is made of others needs a place of its own in shared memory, beside what AHEAD counts."""
+    if not plan.swept or plan.exclusive or not plan.value_block.identity:
+        return False
+    return plan.decay == "none" if plan.normalized else bool(plan.query.identity and plan.key.identity)
 
 
 def erase_tile(plan: Plan, BT: int, BF: int, BV: int, device: Device, whole: bool) -> Tile:

@@ -616,7 +616,7 @@ def linear_dq_kernel(
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
         # the decay stands on the side of which a program has a block
         b_kd = b_key
-        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
+        b_h = tl.dot(tl.trans(b_kd.to(DOT)), (tl.where(m_t[:, None], b_value, 0.0) if BV > 128 and DOT == tl.bfloat16 else b_value).to(DOT), b_h, input_precision=PRECISION)
         b_z = b_z + tl.sum(b_key.to(tl.float32), 0)
 
 
@@ -774,8 +774,8 @@ def linear_dk_kernel(
             b_dk_ = b_dkey * (tl.exp2(tl.minimum(b_k, 0.0) * 1.4426950408889634))
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-        b_qd = times(b_query, b_er * b_rn[:, None], DOT)
-        b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_do.to(DOT), b_dh, input_precision=PRECISION)
+        b_qd = (b_query if BV > 128 and DOT == tl.bfloat16 else times(b_query, b_er * b_rn[:, None], DOT))
+        b_dh = tl.dot(tl.trans(b_qd.to(DOT)), (times(b_do, b_er * b_rn[:, None], DOT) if BV > 128 and DOT == tl.bfloat16 else b_do).to(DOT), b_dh, input_precision=PRECISION)
         b_dz = b_dz + tl.sum(b_query * b_dnd, 0)
 
 

@@ -505,9 +505,9 @@ def transnormer_dq_kernel(
             p_d = dq + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dq_.to(dq.dtype.element_ty), mask=m_tk)
         # the decay stands on the side of which a program has a block
-        b_kd = times(b_key, b_ek[:, None], DOT)
+        b_kd = (b_key if BV > 128 and DOT == tl.bfloat16 else times(b_key, b_ek[:, None], DOT))
         b_h *= b_en
-        b_h = tl.dot(tl.trans(b_kd.to(DOT)), b_value.to(DOT), b_h, input_precision=PRECISION)
+        b_h = tl.dot(tl.trans(b_kd.to(DOT)), (times(b_value, b_ek[:, None], DOT) if BV > 128 and DOT == tl.bfloat16 else b_value).to(DOT), b_h, input_precision=PRECISION)
 
 
 # Of what keys use, backward in time: a program owns a piece, a head and a block of K, and carries those rows of the state's adjoint.
@@ -653,9 +653,9 @@ def transnormer_dk_kernel(
             b_dk_ = b_dkey
             p_d = dk + (o_row[:, None] * K + o_k[None, :])
             tl.store(p_d, b_dk_.to(dk.dtype.element_ty), mask=m_tk)
-        b_qd = times(b_query, b_er, DOT)
+        b_qd = (b_query if BV > 128 and DOT == tl.bfloat16 else times(b_query, b_er, DOT))
         b_dh *= b_en
-        b_dh = tl.dot(tl.trans(b_qd.to(DOT)), b_do.to(DOT), b_dh, input_precision=PRECISION)
+        b_dh = tl.dot(tl.trans(b_qd.to(DOT)), (times(b_do, b_er, DOT) if BV > 128 and DOT == tl.bfloat16 else b_do).to(DOT), b_dh, input_precision=PRECISION)
 
 
     if dh0 is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from compile_cases import CASES, check
+import torch
+from compile_cases import CASES, check, compiled, too_large
 
 from flagen import specs
 
@@ -12,3 +13,12 @@ from flagen import specs
 @pytest.mark.parametrize("name", ["retnet", "transnormer", "mamba2", "linear", "mlstm"])
 def test_every_kernel_compiles_and_fits(name, target, shape, monkeypatch):
     check(specs.get(name), target, shape, monkeypatch)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("name", ["retnet", "mamba2", "linear"])
+def test_three_chunks_of_256_channels_fit(name, target, monkeypatch):
+    kernels = compiled(specs.get(name), target, monkeypatch, B=1, T=8192, H=96, K=256, V=256, dtype=torch.bfloat16)
+    ahead = {kernel for kernel, found in kernels.items() if found[0].metadata.num_stages == 3}
+    assert {"dq_kernel", "dk_kernel"} <= ahead
+    assert not too_large(kernels, target)
