@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # named after what it was made from, so that a change of either file makes a new one
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 INTERPRETED := $(wildcard tests/kernels/test_interp_*.py)
 
 .PHONY: help demo test check compile-matrix hooks format regen clean

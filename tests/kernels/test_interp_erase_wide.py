@@ -11,11 +11,16 @@ from harness import compare, pieces
 from flagen import specs
 
 
-@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "comba", "kda", "rwkv7", "low_rank_scalar"])
-@pytest.mark.parametrize("key, value, cu", [(256, 64, None), (200, 136, [0, 5, 5, 70])], ids=["whole", "packed"])
-def test_states_in_two_halves(name, key, value, cu, monkeypatch):
+WHOLE, PACKED = (256, 64, None), (200, 136, [0, 5, 5, 70])
+CASES = [(name, WHOLE) for name in ("delta_net", "gated_delta_net", "comba", "kda", "rwkv7", "low_rank_scalar")]
+CASES += [("delta_net", PACKED), ("kda", PACKED)]
+
+
+@pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
+def test_states_in_two_halves(name, sizes, monkeypatch):
     """Also where the second half is not full, with blocks of V, kept states and states at the start and the end."""
     bf16_interpreter.repair(monkeypatch)
+    key, value, cu = sizes
     spec = next(one for one in ALL if one.name == name)
     compare(spec, 1, 70, 1, key, value, cu=cu, dtype=torch.bfloat16, chunk=32, checkpoint=32)
 
