@@ -10,7 +10,6 @@ from harness import compare, pieces
 
 from flagen import specs
 
-
 WHOLE, PACKED = (256, 64, None), (200, 136, [0, 5, 5, 70])
 CASES = [(name, WHOLE) for name in ("delta_net", "gated_delta_net", "comba", "kda", "rwkv7", "low_rank_scalar")]
 CASES += [("delta_net", PACKED), ("kda", PACKED)]
