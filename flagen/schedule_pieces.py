@@ -83,8 +83,8 @@ def carried(
             if pieces > 1:
                 before = heads * pieces * -(-(shape.V + shape.K) // columns)
                 turn += -(-before // device.multiprocessors) * first_turn
-            # from piece to piece, and two launches
-            time = -(-tokens // BT) * turn + (pieces + 10 if pieces > 1 else 0)
+            # from piece to piece, and two launches: of the host's time too, which small calls wait for
+            time = -(-tokens // BT) * turn + (pieces + 25 if pieces > 1 else 0)
             if pieces == 1:
                 whole = min(whole, time)
             if time < best * 0.97 and (pieces == 1 or time < 0.9 * whole):

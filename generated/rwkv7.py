@@ -564,10 +564,12 @@ def rwkv7_fwd_kernel(
 
     # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
     b_h = tl.zeros([BV, BK], dtype=tl.float32)
-    b_h2 = b_h
+    if WIDE:
+        b_h2 = tl.zeros([BV, BK], dtype=tl.float32)
     if ENDS:
         b_h = tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0)
-        b_h2 = tl.where(o_v[:, None] - V == o_k2[None, :], 1.0, 0.0)
+        if WIDE:
+            b_h2 = tl.where(o_v[:, None] - V == o_k2[None, :], 1.0, 0.0)
     if h0 is not None:
         b_h = tl.load(h0 + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
         if WIDE:
@@ -732,10 +734,12 @@ def rwkv7_bwd_state_kernel(
 
     # [BV, BK]: value channels are rows, so that what comes of the state goes into products from registers
     b_dh = tl.zeros([BV, BK], dtype=tl.float32)
-    b_dh2 = b_dh
+    if WIDE:
+        b_dh2 = tl.zeros([BV, BK], dtype=tl.float32)
     if ENDS:
         b_dh = tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0)
-        b_dh2 = tl.where(o_v[:, None] - V == o_k2[None, :], 1.0, 0.0)
+        if WIDE:
+            b_dh2 = tl.where(o_v[:, None] - V == o_k2[None, :], 1.0, 0.0)
     if dht is not None:
         b_dh = tl.load(dht + (i_ph if PIECES else i_nh) * (K * V) + o_vk, mask=m_vk, other=0.0).to(tl.float32)
         if WIDE:
