@@ -207,7 +207,7 @@ class Plan(ErasePlan):
         return self._role("value")
 
     # what sweeps multiply weights by instead of blocks, and what kernels have prepared for them
-    swept, turned = property(plan_rows.swept), property(plan_rows.turned)
+    swept, turned, plain_sweeps = (property(x) for x in (plan_rows.swept, plan_rows.turned, plan_rows.plain_sweeps))
     prepared, before = property(plan_rows.prepared), property(plan_rows.before)
     value_rows, written = property(plan_rows.value_rows), property(plan_rows.written)
     packs, factored = property(plan_rows.packs), property(plan_rows.factored)

@@ -36,6 +36,14 @@ def swept(plan: Plan) -> bool:
     return plan.sweeps and not plan.vector and not plan.erase
 
 
+def plain_sweeps(plan: Plan) -> bool:
+    """Whether what sweeps load are inputs as they lie, or but for maps of queries and keys where no decay is loaded:
+    what is made of others needs a place of its own in shared memory."""
+    if not plan.swept or plan.exclusive or not plan.value_block.identity:
+        return False
+    return plan.decay == "none" if plan.normalized else bool(plan.query.identity and plan.key.identity)
+
+
 def turned(plan: Plan) -> bool:
     """Whether what is prepared for chunks is complex: rows of queries and keys in two halves."""
     return plan.intra and plan.complex

@@ -239,7 +239,7 @@ def schedule(
         if plan.swept:  # with a decay per key channel dv takes no less than with halves
             bwd = serial_tile(BT, BF, BV // parts)
             beside = not bwd_L and leaves_idle(shape, programs * -(-shape.V // bwd.BV), BT, device)
-    if low and BT == 64 and device.shared >= AHEAD and reads_inputs(plan):
+    if low and BT == 64 and device.shared >= AHEAD and plan.plain_sweeps:
         # with a normaliser both spill, for which three stages leave no cache, and on Blackwell dv would not fit
         if shape.K == 256 and not plan.normalized:
             fwd = bwd = serial_tile(BT, BF, 64)
@@ -341,14 +341,6 @@ def turned_tile(BT: int, widest: int, others: int, stages: int) -> Tile:
 def serial_tile(BT: int, rows: int, columns: int) -> Tile:
     """The tile of a serial kernel whose next chunks are loaded while it works on one: a program a multiprocessor."""
     return Tile(BT, columns, 8 if rows * columns > STATE_ELEMENTS // 2 else 4, 3)
-
-
-def reads_inputs(plan: Plan) -> bool:
-    """Whether what sweeps load are inputs as they lie, or but for maps of queries and keys where no decay is loaded:
-    what is made of others needs a place of its own in shared memory, beside what AHEAD counts."""
-    if not plan.swept or plan.exclusive or not plan.value_block.identity:
-        return False
-    return plan.decay == "none" if plan.normalized else bool(plan.query.identity and plan.key.identity)
 
 
 def erase_tile(plan: Plan, BT: int, BF: int, BV: int, device: Device, whole: bool) -> Tile:
