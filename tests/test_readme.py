@@ -8,6 +8,7 @@ from pathlib import Path
 import flagen
 from flagen import Input, bench_report, config, demo_example, specs
 from flagen.__main__ import parser
+from flagen.bench_shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,8 +54,24 @@ def test_every_model_is_in_the_table_as_it_ships():
 
 def test_speeds_are_those_that_were_measured():
     rows = bench_report.latest(bench_report.read([ROOT / "benchmarks" / "results" / "h100.csv"]))
-    table = README.split("## Speed\n")[1].split("\n## ")[0]
-    assert [line for line in table.splitlines() if line.startswith("|")] == bench_report.markdown(rows)
+    tables = re.findall(r"(?:^\|.*\n)+", README.split("## Speed\n")[1].split("\n## ")[0], flags=re.MULTILINE)
+    assert [one.splitlines() for one in tables] == [bench_report.markdown(rows), beside_the_peer()]
+
+
+def beside_the_peer():
+    """Forward and backward at shapes that are not large, of specs that have a peer there, in ms and the peer's best."""
+    rows = bench_report.latest(bench_report.read([ROOT / "benchmarks" / "results" / "h200-shapes.csv"]))
+    shapes = ("short2k", "small1k", "lone", "d256", "million")
+    lines = [f"| spec | {' | '.join(','.join(map(str, SHAPES[name])) for name in shapes)} |"]
+    lines.append(f"|{' --- |' * (len(shapes) + 1)}")
+    for spec in ("retnet", "gla", "delta_net", "kda"):
+        cells = []
+        for shape in shapes:
+            found = [one for one in rows if (one.spec, one.shape, one.what) == (spec, shape, "fwd+bwd")]
+            own, peer = ([x.value for x in found if (x.library == "flagen") == mine] for mine in (True, False))
+            cells.append(f"{own[0]:.3g} ({f'{min(peer):.3g}' if peer else '-'})" if own else "-")
+        lines.append(f"| `{spec}` | {' | '.join(cells)} |")
+    return lines
 
 
 def test_every_variable_is_in_the_table():
