@@ -1117,10 +1117,10 @@ def kda_carry_kernel(
         b_h = tl.load(p_e + (o_k[:, None] * (V + K) + o_v[None, :]), mask=m_kv, other=0.0)
         for i_c in range(0, K, BC):
             # [BK, BC], [BC, BV]
-            o_c = i_c + tl.arange(0, BC)
-            m_c = o_c < K
-            b_e = tl.load(p_e + (o_k[:, None] * (V + K) + (V + o_c)[None, :]), mask=m_k[:, None] & m_c[None, :], other=0.0)
-            b_x = tl.load(p_h + (o_c[:, None] * V + o_v[None, :]), mask=m_c[:, None] & m_v[None, :], other=0.0)
+            o_kc = i_c + tl.arange(0, BC)
+            m_kc = o_kc < K
+            b_e = tl.load(p_e + (o_k[:, None] * (V + K) + (V + o_kc)[None, :]), mask=m_k[:, None] & m_kc[None, :], other=0.0)
+            b_x = tl.load(p_h + (o_kc[:, None] * V + o_v[None, :]), mask=m_kc[:, None] & m_v[None, :], other=0.0)
             b_h = tl.dot(b_e, b_x, b_h, input_precision=PRECISION)
 
 

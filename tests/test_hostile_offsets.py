@@ -18,7 +18,7 @@ from flagen.compare import measure
 from flagen.testing import make_inputs
 
 # what a program may multiply in 32 bits: channels, rows of a chunk, blocks of them; sizes of a state are below 2^18
-SMALL = {"o_k", "o_v", "o_f", "o_i", "i_v", "i_k", "i_f"}
+SMALL = {"o_k", "o_k2", "o_kc", "o_v", "o_f", "o_i", "i_v", "i_k", "i_f"}
 SIZES = {"N", "T", "H", "L", "NP", "NC", "scale"}  # arguments that are no pointers, beside strides
 
 
